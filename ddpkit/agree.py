@@ -1,0 +1,161 @@
+"""What ranks tell each other outside of tensors: exchanges, barriers, rank-zero sections, over the store.
+
+The store and not the process group, for three reasons: a wait on it can say who is missing, it has a deadline of its
+own (or none, while rank zero prepares data for an hour) instead of the training timeout, and no GPU takes part.
+Values are JSON. Each use of a name is numbered, so that all ranks must make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
+
+from ddpkit.errors import DdpkitError
+from ddpkit.world import World
+
+log = logging.getLogger("ddpkit")
+
+_SLICE_S = 0.5  # a wait wakes up this often to look whether a rank has failed or a deadline has passed
+_SAY_AFTER_S = 10.0  # a wait this long is reported, then at twice the time, and so on
+_FAILED = "failed"
+
+
+class RankFailed(DdpkitError):
+    """Another rank has failed, so this one ends too; the message carries that rank's cause."""
+
+
+class RanksMissing(DdpkitError):
+    """Some ranks did not come to a barrier in time; the message names them."""
+
+
+class Ranks:
+    """The ranks of this run, as partners in agreements.
+
+    Args:
+        world: who this rank is.
+        store: shared by all ranks; within the process if there is only one.
+    """
+
+    def __init__(self, world: World, store: Store) -> None:
+        self.rank = world.rank
+        self.world_size = world.world_size
+        self._local_leader = world.rank - world.local_rank
+        self._store = store
+        self._uses: dict[str, int] = defaultdict(int)
+
+    def exchange(self, name: str, value: Any, timeout_s: float | None = None) -> list[Any]:
+        """Give a JSON value, get every rank's, listed by rank. Collective.
+
+        Args:
+            name: what it is about; shown when somebody waits long.
+            value: anything JSON can hold.
+            timeout_s: seconds to wait for the others; None waits as long as nobody fails.
+
+        Raises:
+            RankFailed: another rank has said that it failed.
+            RanksMissing: ranks did not come within ``timeout_s``.
+        """
+        if self.world_size == 1:
+            return [value]
+        use = self._uses[name]
+        self._uses[name] += 1
+        place = f"{name}/{use}"
+        self._store.set(f"{place}/{self.rank}", json.dumps(value))
+        # Rank zero reads everyone's and publishes the list: 3 store operations a rank, not one for each pair.
+        if self.rank == 0:
+            keys = [f"{place}/{rank}" for rank in range(self.world_size)]
+            for key in keys:
+                self._await(key, name, place, timeout_s)
+            gathered = "[" + ",".join(value.decode() for value in self._store.multi_get(keys)) + "]"
+            self._store.set(f"{place}/all", gathered)
+            # All are here, so all have read the use before this one: its keys can go.
+            for key in [f"{name}/{use - 1}/{rank}" for rank in range(self.world_size)] if use else []:
+                self._store.delete_key(key)
+            if use:
+                self._store.delete_key(f"{name}/{use - 1}/all")
+        else:
+            self._await(f"{place}/all", name, place, timeout_s)
+            gathered = self._store.get(f"{place}/all").decode()
+        values: list[Any] = json.loads(gathered)
+        return values
+
+    def decide(self, name: str, value: Any = None) -> Any:
+        """Rank zero's value, on every rank; what the others pass is not looked at. Collective."""
+        return self.exchange(name, value if self.rank == 0 else None)[0]
+
+    def barrier(self, name: str, timeout_s: float | None = None) -> None:
+        """Wait until every rank is here. Collective.
+
+        Raises:
+            RanksMissing: after ``timeout_s`` seconds, naming the ranks that did not come.
+            RankFailed: another rank has said that it failed.
+        """
+        self.exchange(f"barrier {name}", None, timeout_s)
+
+    @contextmanager
+    def main_first(self, scope: str = "global") -> Iterator[None]:
+        """Let rank zero run the block first, the others after it. Collective.
+
+        The others wait for as long as rank zero works: no training timeout ends it. If rank zero raises, they raise
+        `RankFailed` with its cause at once.
+
+        Args:
+            scope: "global" for one leader, "node" for one on each node.
+        """
+        if scope not in ("global", "node"):
+            raise ValueError(f"scope={scope!r}: choose 'global' or 'node'")
+        leader = 0 if scope == "global" else self._local_leader
+        use = self._uses["main_first"]
+        self._uses["main_first"] += 1
+        key = f"main_first/{use}/{leader}"
+        if self.rank != leader:
+            self._await(key, f"main_first (rank {leader} is at work)", None, None)
+            if cause := json.loads(self._store.get(key)):
+                raise RankFailed(f"rank {leader} failed in main_first: {cause}")
+            yield
+            return
+        try:
+            yield
+        except BaseException as error:
+            self._store.set(key, json.dumps(f"{type(error).__name__}: {error}"))
+            raise
+        self._store.set(key, json.dumps(None))
+
+    def tell_failure(self, cause: str) -> None:
+        """Let ranks that wait for an agreement know that this rank ends with an error. Not collective."""
+        if self.world_size > 1:
+            # The first cause stays; those after it are mostly its consequences.
+            self._store.compare_set(_FAILED, "", json.dumps([self.rank, cause]))
+
+    def _await(self, key: str, name: str, place: str | None, timeout_s: float | None) -> None:
+        started = time.monotonic()
+        say_at = started + _SAY_AFTER_S
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=_SLICE_S))
+                return
+            except dist.DistStoreError:  # this slice is over
+                now = time.monotonic()
+            if self._store.check([_FAILED]):
+                rank, cause = json.loads(self._store.get(_FAILED))
+                raise RankFailed(f"rank {rank} failed: {cause}")
+            if timeout_s is not None and now - started > timeout_s:
+                missing = self._missing(place) if place else []
+                raise RanksMissing(
+                    f"{name}: after {timeout_s:g} s these ranks have not come: {missing}; all others wait for them"
+                )
+            if now > say_at:
+                say_at = now + (now - started)
+                log.warning("rank %d waits for %s: %.0f s", self.rank, name, now - started)
+
+    def _missing(self, place: str) -> list[int]:
+        return [rank for rank in range(self.world_size) if not self._store.check([f"{place}/{rank}"])]

@@ -1,0 +1,576 @@
+"""The config: a frozen tree, checked as a whole before any process starts. Imports nothing of torch."""
+
+from __future__ import annotations
+
+import enum
+import operator
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+
+from ddpkit import references, yaml_files
+from ddpkit.errors import ConfigError
+from ddpkit.explain import NestedProblems, brief, explain, shown
+from ddpkit.yaml_files import KeyPath, Located, dotted
+
+# ---------------------------------------------------------------------- the kinds of values
+
+
+def _well_formed(ref: str) -> str:
+    try:
+        references.parse(ref)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return ref
+
+
+def _usable_path(path: str) -> str:
+    if not path or "\0" in path:
+        raise ValueError(f"{path!r} cannot be a path")
+    return path
+
+
+def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    problems = [problem for name, value in args.items() for problem in _arg_problems(value, (name,))]
+    if problems:
+        raise NestedProblems(problems)
+    return args
+
+
+def _arg_problems(value: JsonValue, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if is_reference(value):
+        yield from _reference_problems(value["ref"], (*path, "ref"))
+    elif is_factory(value):
+        yield from _reference_problems(value["factory"], (*path, "factory"))
+        for key in value.keys() - {"factory", "args"}:
+            yield (
+                (*path, key),
+                "unknown key; a mapping with the key factory is built, from args and nothing else",
+            )
+        args = value.get("args", {})
+        if isinstance(args, dict):
+            for key, child in args.items():
+                yield from _arg_problems(child, (*path, "args", key))
+        else:
+            yield (*path, "args"), f"expected a mapping, got {shown(args)}"
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            yield from _arg_problems(child, (*path, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _arg_problems(child, (*path, index))
+
+
+def _reference_problems(ref: JsonValue, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if not isinstance(ref, str):
+        yield path, f"expected a reference such as 'package.module:name', got {shown(ref)}"
+        return
+    try:
+        references.parse(ref)
+    except ConfigError as error:
+        yield path, str(error)
+
+
+Ref: TypeAlias = Annotated[str, AfterValidator(_well_formed), WithJsonSchema({"type": "string", "format": "reference"})]
+"""``package.module:name`` or ``path/to/file.py:name``, a path being relative to the current directory."""
+
+Args: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_buildable)]
+"""Keyword arguments. A value ``{factory: ..., args: ...}`` is built, ``{ref: ...}`` is the object itself."""
+
+Count: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
+Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10_000_000, allow_inf_nan=False)]
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """What all parts of the tree share: frozen, exact types, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _list() -> Any:
+    """Give a field that takes a YAML list and keeps it as a tuple; empty by default."""
+    return Field(default=(), strict=False)
+
+
+# ---------------------------------------------------------------------- the tree
+
+
+class Factory(Section):
+    """Something that is called to make an object of yours."""
+
+    factory: Ref
+    """What is called: `package.module:name` or `path/to/file.py:name`."""
+    args: Args = {}
+    """Its keyword arguments. A value `{factory: ..., args: ...}` is built, `{ref: ...}` is the object."""
+
+
+class Launch(Section):
+    """Where and how the ranks are started."""
+
+    launcher: Literal["inline", "local", "torchrun", "slurm"] = "local"
+    """inline: this process, one rank. local: processes on this machine. torchrun, slurm: through them."""
+    nnodes: Count = 1
+    """Number of machines."""
+    nproc_per_node: Count | Literal["auto"] = "auto"
+    """Ranks on each machine; auto: one per GPU, and where there is none, as `nproc_without_gpu` says."""
+    nproc_without_gpu: Count | None = None
+    """What auto means on a machine without a GPU; null: one rank per two cores."""
+    start_method: Literal["warm", "spawn"] = "warm"
+    """warm: one process imports torch and forks the ranks. spawn: each rank is a new interpreter."""
+    max_restarts: int = Field(default=0, ge=0, lt=2**31)
+    """How often the launcher itself starts a failed group of ranks again."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """The process group's backend; auto: nccl on GPUs, gloo on CPU."""
+    timeout_s: Seconds = 1800.0
+    """Seconds after which a collective that does not complete fails."""
+    stall_timeout_s: Seconds = 600.0
+    """Seconds without a step, while ranks wait for each other, after which each rank is asked where it is."""
+    rdzv_endpoint: str | None = None
+    """host:port at which several machines meet (torchrun)."""
+    cpus_per_rank: Count | None = None
+    """Cores for each rank; null: the machine's, shared out evenly."""
+    slurm: dict[str, JsonValue] = {}
+    """Options of the Slurm submission by submitit's names; the prefix `slurm_` may be left out."""
+
+
+class InitFrom(Section):
+    """Weights to start from, out of a checkpoint that is not ddpkit's."""
+
+    path: str
+    """The file."""
+    key: str | None = None
+    """Where in the file the state dict is; null: it is the file."""
+    strip_prefix: str | None = None
+    """A prefix to take off the names in it."""
+    rename: dict[str, str] = {}
+    """Other names for names in it."""
+    strict: bool = True
+    """Whether each name must be there, and none besides."""
+    skip_mismatched: bool = False
+    """Whether a tensor of another shape is left out instead of refused."""
+
+
+class Model(Factory):
+    """The model: `factory(**args)` gives an `nn.Module`."""
+
+    sync_batchnorm: bool = True
+    """Whether batch normalisation takes its statistics over the batches of all ranks."""
+    parallel: Literal["ddp", "fsdp2", "accelerate"] = "ddp"
+    """How the model is spread over the ranks."""
+    compile: bool = False
+    """Whether the model goes through `torch.compile`."""
+    activation_checkpointing: tuple[str, ...] = _list()
+    """Class names, or patterns of module names, whose activations are computed again instead of kept."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per step of a moving average of the weights; null: none is kept."""
+    init_from: InitFrom | None = None
+    """Weights to start from; null: those that the factory gives."""
+
+
+class Loader(Section):
+    """How each rank loads its samples. Free to change between attempts."""
+
+    num_workers: int = Field(default=0, ge=0, lt=2**31)
+    """Loader processes of each rank; 0: the rank loads for itself."""
+    pin_memory: Literal["auto"] | bool = "auto"
+    """Whether batches are put into page-locked memory; auto: where there is a GPU."""
+    prefetch_factor: Count = 2
+    """Batches that each worker has ready."""
+    persistent_workers: bool = True
+    """Whether the workers live on between epochs."""
+    collate_fn: Ref | None = None
+    """What makes a batch out of a list of samples; null: torch's default."""
+    worker_init_fn: Ref | None = None
+    """Called with the worker's number in each worker when it starts."""
+
+
+class Data(Section):
+    """The datasets, and how they are cut into batches."""
+
+    train: Factory
+    """The training data: `factory(**args)` gives a `Dataset`, map-style or iterable."""
+    eval: Factory | None = None
+    """The evaluation data, likewise; it goes together with `train.eval_step`."""
+    global_batch_size: Count
+    """Samples per optimizer step over all ranks: the same on 1 rank or 100."""
+    micro_batch_size: Count | None = None
+    """Samples per rank and forward pass; gradients are accumulated over the passes. null: one pass."""
+    eval_batch_size: Count | None = None
+    """Samples per rank and forward pass in evaluation; null: as in training."""
+    shuffle: bool = True
+    """Whether each epoch has an order of its own, given by the seed."""
+    drop_last: bool = True
+    """Whether an incomplete global batch at the end of an epoch is left out."""
+    sampler: Literal["elastic", "distributed"] | Factory = "elastic"
+    """elastic: ddpkit's, the same order on any number of ranks. distributed: torch's. Or one of yours."""
+    loader: Loader = Loader()
+    """How each rank loads its samples."""
+
+
+class ParamGroup(Section):
+    """Parameters with settings of their own."""
+
+    params: tuple[str, ...] = Field(strict=False, min_length=1)
+    """Patterns of parameter names, as in a shell (`*.bias`); the first group that matches has it."""
+    args: dict[str, JsonValue] = {}
+    """The settings of the group, over those of the optimizer."""
+
+
+class Optimizer(Factory):
+    """The optimizer: `factory(params, **args)`."""
+
+    groups: tuple[ParamGroup, ...] = _list()
+    """Parameters with settings of their own; all others have those of `args`."""
+
+
+class Scheduler(Factory):
+    """The learning rate's schedule: `factory(optimizer, **args)`."""
+
+    interval: Literal["step", "epoch"] = "step"
+    """After what the schedule moves on: each optimizer step, or each epoch."""
+
+
+class Steps(Section):
+    """An interval in optimizer steps."""
+
+    steps: Count
+    """Number of optimizer steps."""
+
+
+class Train(Section):
+    """The loop."""
+
+    step: Ref
+    """`(model, batch) -> loss`, or `{"loss": mean, "weight": n (optional), other scalars}`."""
+    eval_step: Ref | None = None
+    """`(model, batch) -> {name: tensor of shape (batch,)}`, one value a sample; needs `data.eval`."""
+    epochs: Count | None = None
+    """Passes over the training data; either this or `max_steps`."""
+    max_steps: Count | None = None
+    """Optimizer steps in all; either this or `epochs`."""
+    eval_every: Count | Steps = 1
+    """Epochs between evaluations, or `{steps: N}`."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16: autocast in the step; fp16 with loss scaling. The weights stay as they are."""
+    clip_grad_norm: Positive | None = None
+    """Largest norm of the gradient, over all parameters; null: no limit."""
+    deterministic: bool = False
+    """Bit-exactness on a GPU, at its price; on CPU it holds anyway."""
+    callbacks: tuple[Ref, ...] = _list()
+    """Functions of yours that the loop calls."""
+
+
+class Best(Section):
+    """Which checkpoint is the best one."""
+
+    metric: str
+    """Name of a value that `train.eval_step` gives."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+
+
+class Checkpoint(Section):
+    """When a checkpoint is written, and how many are kept."""
+
+    every_steps: Count | None = 50
+    """Optimizer steps between saves; null: not by steps."""
+    every_minutes: Positive | None = None
+    """Minutes between saves; null: not by time."""
+    keep: Count = 3
+    """How many of the newest are kept."""
+    best: Best | None = None
+    """The best one, by a metric, is kept as well; null: none is."""
+    max_failures: Count = 3
+    """Saves in a row that may fail before the run fails."""
+
+
+class Config(Section):
+    """A run."""
+
+    run_dir: Annotated[str, AfterValidator(_usable_path)]
+    """Folder for all that the run writes, relative to the current directory."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """What all randomness of the run follows from."""
+    launch: Launch = Launch()
+    """Where and how the ranks are started."""
+    model: Model
+    """The model."""
+    data: Data
+    """The datasets, and how they are cut into batches."""
+    optimizer: Optimizer
+    """The optimizer."""
+    scheduler: Scheduler | None = None
+    """The learning rate's schedule; null: it stays."""
+    train: Train
+    """The loop."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When a checkpoint is written, and how many are kept."""
+    trackers: tuple[str | Factory, ...] = _list()
+    """Services that metrics are sent to, by name or as a factory."""
+    log_every: Count = 10
+    """Optimizer steps between lines of metrics."""
+
+
+# ---------------------------------------------------------------------- in and out
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read a config file with its ``defaults``, apply ``key.path=value`` overrides, check all of it.
+
+    The value of an override is YAML; a number in its key path is the index into a list (``trackers.0``).
+
+    Raises ``ConfigError`` with all problems, one a line, each with its file and line (or override) and key
+    path; also for what the tree allows and this version does not do (``unsupported``).
+    """
+    tree = yaml_files.read(path)
+    for override in overrides:
+        tree = _overridden(tree, override)
+    config = _checked(tree.plain(), tree, Config)
+    refused = [f"{tree.place_of(key)}: {line}" for key, line in _not_built(config)]
+    if refused:
+        raise ConfigError("\n".join(refused))
+    return config
+
+
+class _LaunchAlone(Section):
+    launch: Launch = Launch()
+
+
+def load_launch(overrides: Sequence[str]) -> Launch:
+    """Give the ``launch`` section that ``launch.key=value`` overrides make of the defaults, for plain scripts.
+
+    Raises ``ConfigError`` as ``load`` does.
+    """
+    tree = yaml_files.parse("launch: {}", "the defaults", numbered=False)
+    for override in overrides:
+        tree = _overridden(tree, override)
+    alone = _checked(tree.plain(), tree, _LaunchAlone)
+    refused = [f"{tree.place_of(key)}: {line}" for key, line in _not_built(alone) if key[0] == "launch"]
+    if refused:
+        raise ConfigError("\n".join(refused))
+    return alone.launch
+
+
+def from_tree(tree: JsonValue) -> Config:
+    """Check a tree of plain values, as ``to_tree`` gives it.
+
+    Raises ``ConfigError`` with all problems, one a line.
+    """
+    return _checked(tree, None, Config)
+
+
+def to_tree(config: Config) -> dict[str, JsonValue]:
+    """Give the config as plain values, complete with defaults, in containers of their own."""
+    tree: dict[str, JsonValue] = config.model_dump(mode="json")
+    return tree
+
+
+def dump(config: Config) -> str:
+    """Give the config as YAML, complete with defaults, that ``load`` reads back to an equal one."""
+    return yaml_files.dump(to_tree(config))
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the config file, with a description of each key."""
+    return Config.model_json_schema()
+
+
+def is_factory(value: JsonValue) -> TypeGuard[dict[str, JsonValue]]:
+    """Whether a value inside ``args`` is to be built: a mapping with the key ``factory``."""
+    return isinstance(value, dict) and "factory" in value
+
+
+def is_reference(value: JsonValue) -> TypeGuard[dict[str, JsonValue]]:
+    """Whether a value inside ``args`` stands for an object: a mapping with the key ``ref`` alone."""
+    return isinstance(value, dict) and value.keys() == {"ref"}
+
+
+def _overridden(tree: Located, override: str) -> Located:
+    place = f"-o {override if len(override) <= 80 else override[:77] + '...'}"
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not (equals and all(path)):
+        raise ConfigError(f"{place}: expected key.path=value, such as optimizer.args.lr=0.1")
+    value = yaml_files.parse(text, place, numbered=False)
+    return yaml_files.replace_at(tree, path, value)
+
+
+# ---------------------------------------------------------------------- what this version does not do yet
+
+
+@dataclass(frozen=True)
+class _NotBuilt:
+    """A key of which only some values work so far."""
+
+    key: str
+    built: tuple[object, ...]
+    advice: str
+
+    @property
+    def path(self) -> KeyPath:
+        return tuple(self.key.split("."))
+
+
+_NOT_BUILT = (
+    _NotBuilt("launch.launcher", ("inline", "local"), "choose inline or local"),
+    _NotBuilt("launch.nnodes", (1,), "leave it at 1"),
+    _NotBuilt("launch.rdzv_endpoint", (None,), "leave it out"),
+    _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
+    _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
+    _NotBuilt("model.ema_decay", (None,), "leave it out"),
+    _NotBuilt("model.init_from", (None,), "leave it out and load the weights in model.factory"),
+    _NotBuilt("train.callbacks", ((),), "leave it out"),
+    _NotBuilt("checkpoint.best", (None,), "leave it out"),
+    _NotBuilt("trackers", ((),), "leave it out; metrics.jsonl has every value"),
+)
+
+
+def unsupported(config: Config) -> list[str]:
+    """Say what the config asks for that this version does not do yet, a line each; empty: it can be run."""
+    return [line for _, line in _not_built(config)]
+
+
+def _not_built(config: Config | _LaunchAlone) -> Iterator[tuple[KeyPath, str]]:
+    for entry in _NOT_BUILT:
+        if entry.path[0] not in type(config).model_fields:
+            continue
+        value = operator.attrgetter(entry.key)(config)
+        if value not in entry.built:
+            given = "this" if isinstance(value, (tuple, BaseModel)) else repr(value)
+            yield entry.path, f"{entry.key}: {given} is not built yet; {entry.advice}"
+
+
+# ---------------------------------------------------------------------- what changed
+
+
+class Absent(enum.Enum):
+    """Stands for a value that only the other config has; null is a value."""
+
+    ABSENT = "not there"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key with another value in the new config than in the old one."""
+
+    key: str
+    old: JsonValue | Absent
+    new: JsonValue | Absent
+
+    def __str__(self) -> str:
+        old, new = (str(value) if isinstance(value, Absent) else brief(value) for value in (self.old, self.new))
+        return f"{self.key}: {old} -> {new}"
+
+
+_FREE_TO_CHANGE = (
+    "launch",
+    "data.loader",
+    "data.micro_batch_size",
+    "data.eval_batch_size",
+    "checkpoint",
+    "trackers",
+    "log_every",
+    "train.epochs",
+    "train.max_steps",
+    "run_dir",
+)
+
+
+def differences(old: Config, new: Config) -> list[Difference]:
+    """List the keys whose values differ, but for those that are free to change; a list is one value."""
+    found = _differences(to_tree(old), to_tree(new), "")
+    return [difference for difference in found if not _is_free(difference.key)]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+
+
+def _differences(old: JsonValue | Absent, new: JsonValue | Absent, key: str) -> Iterator[Difference]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            below = f"{key}.{name}" if key else name
+            yield from _differences(old.get(name, Absent.ABSENT), new.get(name, Absent.ABSENT), below)
+    elif repr(old) != repr(new):  # unlike ==, this tells 1 from true and from 1.0, and nan is nan
+        yield Difference(key, old, new)
+
+
+# ---------------------------------------------------------------------- checks
+
+
+@dataclass(frozen=True)
+class _Problem:
+    path: KeyPath
+    sentence: str
+
+
+def _checked(tree: JsonValue, source: Located | None, kind: type[S]) -> S:
+    problems = list(_not_plain(tree, ()))
+    if not problems:
+        problems = list(_contradictions(tree)) if kind is Config else []
+        try:
+            config = kind.model_validate(tree)
+        except ValidationError as error:
+            found = explain(error, tree, kind.model_json_schema())
+            problems = [*(_Problem(path, sentence) for path, sentence in found.items()), *problems]
+    if problems:
+        raise ConfigError("\n".join(_line(problem, source) for problem in problems))
+    return config
+
+
+def _line(problem: _Problem, source: Located | None) -> str:
+    place = f"{source.place_of(problem.path)}: " if source else ""
+    key = f"{dotted(problem.path)}: " if problem.path else ""
+    return f"{place}{key}{problem.sentence}"
+
+
+def _not_plain(value: object, path: KeyPath) -> Iterator[_Problem]:
+    """What is no JSON-like value. A file cannot hold such things; a tree made in Python can."""
+    if len(path) > yaml_files.MAX_DEPTH:
+        yield _Problem(path[:3], f"nested more than {yaml_files.MAX_DEPTH} levels deep")
+    elif isinstance(value, dict):
+        for key, child in value.items():
+            if isinstance(key, str):
+                yield from _not_plain(child, (*path, key))
+            else:
+                yield _Problem(path, f"the key {key!r} is not a string; quote it")
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _not_plain(child, (*path, index))
+    elif type(value) not in (type(None), bool, int, float, str):
+        kind = type(value).__name__
+        yield _Problem(path, f"{kind} is no YAML value; use a string, a number, a list or a mapping")
+
+
+def _contradictions(tree: JsonValue) -> Iterator[_Problem]:
+    """Keys that do not go together. On the bare tree, so that they are told along with all other problems."""
+    data, train = _section(tree, "data"), _section(tree, "train")
+    if train is None:
+        return
+    lengths = [key for key in ("epochs", "max_steps") if train.get(key) is not None]
+    if not lengths:
+        yield _Problem(("train",), "neither train.epochs nor train.max_steps is given; give one of them")
+    elif len(lengths) == 2:
+        sentence = "train.epochs and train.max_steps are both given; leave one out, or set it to null"
+        yield _Problem(("train", "max_steps"), sentence)
+    has_data = data is not None and data.get("eval") is not None
+    has_step = train.get("eval_step") is not None
+    if data is not None and has_data and not has_step:
+        yield _Problem(("data", "eval"), "given without train.eval_step; give both or neither")
+    if data is not None and has_step and not has_data:
+        yield _Problem(("train", "eval_step"), "given without data.eval; give both or neither")
+
+
+def _section(tree: JsonValue, key: str) -> Mapping[str, JsonValue] | None:
+    section = tree.get(key) if isinstance(tree, dict) else None
+    return section if isinstance(section, dict) else None

@@ -1,0 +1,49 @@
+"""What can go wrong, and the exit code each kind leads to. Imports nothing of torch."""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1  # a rank failed; the report says which and why
+EXIT_USER = 2  # the user's input is wrong; one message, no traceback
+EXIT_STOPPED = 75  # stopped on request with the state saved (EX_TEMPFAIL: run it again)
+EXIT_INTERRUPTED = 130  # from the keyboard
+
+
+class DdpkitError(Exception):
+    """The root of ddpkit's own errors; ``exit_code`` is what the process ends with."""
+
+    exit_code = EXIT_FAILED
+
+
+class UserError(DdpkitError):
+    """What the user gave cannot work. The message says what was given, what was found, what to do."""
+
+    exit_code = EXIT_USER
+
+
+class ConfigError(UserError):
+    """A config, an override or a reference in it is wrong; the message starts with the path of the key."""
+
+
+class StateError(UserError):
+    """An object's state cannot be saved or restored; the message names the path inside the state."""
+
+
+class BrokenCheckpoint(DdpkitError):
+    """A checkpoint is truncated, altered or incomplete; the message names the file and what differs."""
+
+
+class SaveFailed(DdpkitError):
+    """A checkpoint could not be written (a full disk, say); the older ones are untouched."""
+
+
+class Superseded(DdpkitError):
+    """Another process has taken the run directory over; this one may not write to it any more."""
+
+
+class StopRequested(SystemExit):
+    """An agreed stop: every rank has finished the same step and the state is saved. Ends a script with code 75."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(EXIT_STOPPED)
+        self.reason = reason

@@ -1,0 +1,237 @@
+"""Fetching samples, in this process or in loader workers: torch's DataLoader, told what to fetch and with which seeds.
+
+A sample's random stream is set before its fetch, so augmentation is the same whatever the rank, the number of
+workers, the prefetching or the restarts. Collating happens beside the fetch, with a stream of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+import torch.utils.data._utils.worker as torch_worker
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
+
+from ddpkit.orphans import die_with_parent
+from ddpkit.permutation import derive
+from ddpkit.sampler import Fetch, Pass, passes
+from ddpkit.seeding import epoch_key, host_generators_kept, sample_key, seed_host_generators
+from ddpkit.world import World
+
+_COLLATE = 1 << 63  # sets a batch's own stream apart from those of its samples
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How samples are fetched; nothing here changes which samples come, in which order, or what is in them."""
+
+    num_workers: int = 0
+    pin_memory: bool = False
+    prefetch_factor: int = 2
+    persistent_workers: bool = True
+    collate_fn: Callable[[list[Any]], Any] | None = None
+    worker_init_fn: Callable[[int], None] | None = None
+
+
+class SeededDataset(Dataset[Any]):
+    """A map-style dataset that is asked for whole passes, and seeds the generators for each sample."""
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self._dataset = dataset
+        self._collate = collate
+
+    def __getitem__(self, fetch: Fetch) -> tuple[Pass, Any]:
+        """Fetch and collate one pass."""
+        part = fetch.part
+        first = part.start if part.size else part.batch_start
+        # In a worker the generators serve nothing else; in the rank's own process they are the step's as well.
+        with host_generators_kept() if get_worker_info() is None else nullcontext():
+            samples = []
+            for position, item in enumerate(fetch.items, first):
+                seed_host_generators(sample_key(fetch.key, position))
+                samples.append(self._dataset[item])
+            return part, _collated(self._collate, samples, fetch.key, first, empty=not part.size)
+
+
+class SeededStream(IterableDataset[Any]):
+    """One epoch of an iterable dataset from a position on, as the passes of one rank.
+
+    Every rank and every worker reads the whole stream and keeps its own part: nothing is repeated, nothing lost, and
+    the order is that of the dataset. A dataset that can start in the middle offers ``iter_from(position)``; another
+    one is read up to there. It must not split itself over ranks; what it asks ``get_worker_info`` about is hidden.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        world: World,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int | None,
+        drop_last: bool,
+        epoch: int,
+        position: int,
+        purpose: str = "sample",
+    ) -> None:
+        self._dataset = dataset
+        self._collate = collate
+        self._world = world
+        self._key = epoch_key(seed, purpose, epoch)
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._drop_last = drop_last
+        self._position = position
+
+    def __iter__(self) -> Iterator[tuple[Pass, Any]]:
+        worker = get_worker_info()
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        # A dataset that splits itself over workers would leave us with a part of a part.
+        torch_worker._worker_info = None  # private, and the only place that holds it
+        count = 0
+        for batch_start, samples in self._batches(kept=worker is None):
+            end = batch_start + len(samples)
+            for part in passes(batch_start, end, self._micro_batch_size, self._world.rank, self._world.world_size):
+                # The DataLoader takes turns over its workers, so taking turns here keeps the order.
+                if count % num_workers == worker_id:
+                    yield part, self._pass(part, samples, kept=worker is None)
+                count += 1
+
+    def _pass(self, part: Pass, samples: list[Any], kept: bool) -> Any:
+        offset = part.batch_start
+        mine = samples[part.start - offset : part.stop - offset] or samples[:1]
+        with host_generators_kept() if kept else nullcontext():
+            return _collated(self._collate, mine, self._key, part.start, empty=not part.size)
+
+    def _batches(self, kept: bool) -> Iterator[tuple[int, list[Any]]]:
+        position = self._position
+        stream: Iterator[Any] | None = None
+        while True:
+            samples: list[Any] = []
+            with host_generators_kept() if kept else nullcontext():
+                if stream is None:
+                    stream = self._opened()
+                while len(samples) < self._global_batch_size:
+                    seed_host_generators(sample_key(self._key, position + len(samples)))
+                    try:
+                        samples.append(next(stream))
+                    except StopIteration:
+                        break
+            if len(samples) == self._global_batch_size or (samples and not self._drop_last):
+                yield position, samples
+            if len(samples) < self._global_batch_size:
+                return
+            position += len(samples)
+
+    def _opened(self) -> Iterator[Any]:
+        if callable(getattr(self._dataset, "iter_from", None)):
+            opened: Iterator[Any] = iter(self._dataset.iter_from(self._position))
+            return opened
+        seed_host_generators(derive(self._key, "open"))
+        stream: Iterator[Any] = iter(self._dataset)
+        for position in range(self._position):
+            seed_host_generators(sample_key(self._key, position))
+            if next(stream, _END) is _END:
+                break
+        return stream
+
+
+_END = object()
+
+
+class Fetcher:
+    """The DataLoader and its workers, from entering the context to leaving it.
+
+    Args:
+        dataset: a `SeededDataset` or a `SeededStream`.
+        fetches: what to ask a `SeededDataset` for, iterated anew for each epoch.
+        options: workers, pinning, collating.
+        seed: for the workers' own base seed; otherwise the DataLoader draws it from the rank's generator.
+    """
+
+    def __init__(
+        self,
+        dataset: SeededDataset | SeededStream,
+        fetches: Iterable[Fetch] | None,
+        options: LoaderOptions,
+        seed: int,
+    ) -> None:
+        workers: dict[str, Any] = {}
+        if options.num_workers:
+            workers = {
+                "prefetch_factor": options.prefetch_factor,
+                "persistent_workers": options.persistent_workers and fetches is not None,
+                "worker_init_fn": _WorkerStart(os.getpid(), options.worker_init_fn),
+            }
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=None,  # a pass comes as a whole
+            sampler=fetches,
+            num_workers=options.num_workers,
+            pin_memory=options.pin_memory,
+            collate_fn=_as_it_is,
+            generator=torch.Generator().manual_seed(derive(seed, "workers")),
+            **workers,
+        )
+        self._workers: list[BaseProcess] = []
+
+    def __iter__(self) -> Iterator[tuple[Pass, Any]]:
+        before = set(multiprocessing.active_children())
+        iterator = iter(self._loader)
+        self._workers += [child for child in multiprocessing.active_children() if child not in before]
+        return iterator
+
+    def close(self) -> None:
+        """End the workers now. One that is deep in a fetch would hold up the end of the process."""
+        for worker in self._workers:
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        self._workers.clear()
+
+
+class _WorkerStart:
+    """The first thing a loader worker does; a class since it is pickled where workers are spawned."""
+
+    def __init__(self, rank_pid: int, then: Callable[[int], None] | None) -> None:
+        self._rank_pid = rank_pid
+        self._then = then
+
+    def __call__(self, worker_id: int) -> None:
+        # torch's workers look for a dead parent every 5 s only.
+        die_with_parent(self._rank_pid)
+        # A cluster manager signals every process of a job step; whether to stop is the rank's business.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        if self._then is not None:
+            self._then(worker_id)
+
+
+def collate_of(options: LoaderOptions) -> Callable[[list[Any]], Any]:
+    """The user's collate function, or torch's."""
+    return options.collate_fn or default_collate
+
+
+def nothing_of(batch: Any) -> Any:
+    """A batch of length zero with the structure of ``batch``: every tensor and array cut along dimension 0."""
+    return tree_map(
+        lambda leaf: leaf[:0] if hasattr(leaf, "__getitem__") and not isinstance(leaf, str) else leaf, batch
+    )
+
+
+def _collated(collate: Callable[[list[Any]], Any], samples: list[Any], key: int, first: int, empty: bool) -> Any:
+    seed_host_generators(sample_key(key ^ _COLLATE, first))
+    batch = collate(samples)
+    return nothing_of(batch) if empty else batch
+
+
+def _as_it_is(fetched: Any) -> Any:
+    return fetched

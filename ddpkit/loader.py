@@ -1,0 +1,234 @@
+"""The loader that users iterate: batches on the device, and a position that is saved with the run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._pytree import tree_map
+from torch.utils.data import IterableDataset, Sampler
+
+from ddpkit.agree import Ranks
+from ddpkit.errors import UserError
+from ddpkit.fetching import Fetcher, LoaderOptions, SeededDataset, SeededStream, collate_of
+from ddpkit.sampler import Fetch, Pass, Plan, make_order
+from ddpkit.world import World
+
+log = logging.getLogger("ddpkit")
+
+
+class Loader:
+    """Iterates this rank's passes over a dataset, on from wherever it stopped.
+
+    Each iteration is one epoch; the first one after a restore is the rest of the epoch that was under way. Leaving
+    it early (``break``) ends that epoch. `Runtime.loader` makes it.
+
+    Attributes:
+        epoch: the epoch of the last batch given out, or to come next.
+        position: samples of that epoch given out so far, over all ranks.
+        consumed: samples given out in all epochs, over all ranks.
+        current: the pass given out last; its size, and whether the optimizer steps after it.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        world: World,
+        ranks: Ranks,
+        device: torch.device,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int | None,
+        shuffle: bool,
+        drop_last: bool,
+        sampler: str | Callable[[Any], Sampler[Any]],
+        options: LoaderOptions,
+    ) -> None:
+        if global_batch_size < world.world_size:
+            raise UserError(
+                f"data.global_batch_size: {global_batch_size} samples cannot be split over {world.world_size} ranks; "
+                f"give at least {world.world_size}, or start fewer ranks"
+            )
+        self._world = world
+        self._ranks = ranks
+        self._device = device
+        self._dataset = dataset
+        self._seed = seed
+        self._options = options
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._drop_last = drop_last
+        self._plan: Plan | None = None
+        if not isinstance(dataset, IterableDataset):
+            if not isinstance(dataset, Sized):
+                raise UserError(
+                    f"data.train: {type(dataset).__name__} has no length; a map-style dataset needs __len__, "
+                    "any other one is to subclass torch.utils.data.IterableDataset"
+                )
+            order = make_order(sampler, dataset, seed, shuffle, drop_last, world, global_batch_size)
+            self._plan = Plan(order, world, seed, global_batch_size, micro_batch_size, drop_last)
+            if self._plan.stop == 0:
+                raise UserError(
+                    f"data.train: {len(dataset)} samples do not fill one global batch of {global_batch_size}; "
+                    "make the batch smaller, or set drop_last: false"
+                    if len(dataset)
+                    else "data.train: the dataset is empty"
+                )
+        self.epoch = 0
+        self.position = 0
+        self.consumed = 0
+        self.current: Pass | None = None
+        self._restored = False
+        self._ended = False
+        self._fetcher: Fetcher | None = None
+
+    def __len__(self) -> int:
+        """Batches that this rank gets in a whole epoch, the same on all ranks.
+
+        Raises:
+            TypeError: an iterable dataset's length is not known.
+        """
+        if self._plan is None:
+            raise TypeError("a loader over an iterable dataset has no length")
+        return len(self._plan)
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the batch given out last was the last one of its epoch."""
+        return self._ended or (self._plan is not None and self.position >= self._plan.stop)
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self._restored and self.position > 0:
+            self.end_epoch()  # the iteration before this one was left early
+        self._restored = False
+        if self.at_end:  # restored there
+            self.end_epoch()
+            return
+        for part, batch, is_last in self._looking_ahead():
+            self.current = part
+            if part.is_last:
+                self.consumed += part.batch_stop - self.position
+                self.position = part.batch_stop
+                self._ended = is_last
+            yield self._on_device(batch)
+        self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Go to the start of the next epoch, unless nothing of this one was taken."""
+        if self.position > 0 or self._ended:
+            self.epoch += 1
+            self.position = 0
+        self._ended = False
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, as samples over all ranks: it means the same at any world size."""
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "consumed": self.consumed,
+            "at_end": self.at_end,
+            "world_size": self._world.world_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Have the next iteration go on at a saved position."""
+        self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
+        self._ended = bool(state["at_end"])
+        self._restored = True
+        lost = self._plan.order.restored(state["world_size"]) if self._plan and self.position else None
+        if lost and self._world.is_main:
+            log.warning("%s", lost)
+
+    def close(self) -> None:
+        """End the loader's workers."""
+        if self._fetcher is not None:
+            self._fetcher.close()
+
+    def _looking_ahead(self) -> Iterator[tuple[Pass, Any, bool]]:
+        """The passes, each with whether it is known to be the epoch's last (a stream is asked for the next first)."""
+        if self._plan is not None:
+            for part, batch in self._fetched():
+                yield part, batch, False  # `at_end` follows from the position
+            return
+        ahead = self._agreed(self._fetched())
+        held = next(ahead, None)
+        while held is not None:
+            following = next(ahead, None)
+            yield *held, following is None
+            held = following
+
+    def _fetched(self) -> Iterator[tuple[Pass, Any]]:
+        if self._plan is None:
+            self.close()
+            self._fetcher = Fetcher(self._stream(), None, self._options, self._seed)
+        elif self._fetcher is None:
+            dataset = SeededDataset(self._dataset, collate_of(self._options))
+            self._fetcher = Fetcher(dataset, _Fetches(self, self._plan), self._options, self._seed)
+        return iter(self._fetcher)
+
+    def _stream(self) -> SeededStream:
+        return SeededStream(
+            self._dataset,
+            collate_of(self._options),
+            self._world,
+            self._seed,
+            self._global_batch_size,
+            self._micro_batch_size,
+            self._drop_last,
+            self.epoch,
+            self.position,
+        )
+
+    def _agreed(self, stream: Iterator[tuple[Pass, Any]]) -> Iterator[tuple[Pass, Any]]:
+        """End the epoch on all ranks when the stream of one of them ends: no rank may wait alone in a collective."""
+        for part, batch in _then_none(stream):
+            size = part.batch_size if part is not None else 0
+            if self._world.world_size > 1:
+                # The smallest and the largest in one all-reduce: max(-x) is -min(x).
+                extremes = torch.tensor([size, -size], device=self._device)
+                dist.all_reduce(extremes, dist.ReduceOp.MAX)
+                largest, smallest = int(extremes[0]), -int(extremes[1])
+                if largest != smallest:
+                    self._tell_uneven(size)
+                    return
+            if part is None:
+                return
+            yield part, batch
+
+    def _tell_uneven(self, size: int) -> None:
+        sizes = self._ranks.exchange("sizes of streams", size)
+        short = [rank for rank, got in enumerate(sizes) if got < max(sizes)]
+        if self._world.is_main:
+            log.warning(
+                "data.train: the iterable dataset ended on ranks %s in epoch %d while others had more (next global "
+                "batch: %s samples by rank). The epoch ends here for all. Every rank has to see the same stream; "
+                "ddpkit does the splitting.",
+                short,
+                self.epoch,
+                sizes,
+            )
+
+    def _on_device(self, batch: Any) -> Any:
+        if self._device.type == "cpu":
+            return batch
+        return tree_map(lambda leaf: leaf.to(self._device, non_blocking=True) if hasattr(leaf, "to") else leaf, batch)
+
+
+class _Fetches:
+    """What the DataLoader's sampler is: iterated anew for each epoch, from where the loader then stands."""
+
+    def __init__(self, loader: Loader, plan: Plan) -> None:
+        self._loader = loader
+        self._plan = plan
+
+    def __iter__(self) -> Iterator[Fetch]:
+        return self._plan.fetches(self._loader.epoch, self._loader.position)
+
+
+def _then_none(stream: Iterator[tuple[Pass, Any]]) -> Iterator[tuple[Pass | None, Any]]:
+    yield from stream
+    yield None, None

@@ -1,0 +1,93 @@
+"""From the user's module to one that trains on all ranks, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpkit.batchnorm import convert_sync_batchnorm
+from ddpkit.world import World
+
+
+def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnorm: bool, **ddp: Any) -> nn.Module:
+    """Move to the device, synchronise BatchNorm, wrap in DDP. Collective.
+
+    A single process gets the module itself, on its device: nothing there needs wrapping.
+
+    Args:
+        module: with the same parameters on all ranks (DDP sends rank zero's to the others).
+        world: who this rank is.
+        device: of this rank.
+        sync_batchnorm: have BatchNorm layers see the batch of all ranks.
+        ddp: passed on to `torch.nn.parallel.DistributedDataParallel`.
+    """
+    if sync_batchnorm and world.world_size > 1:
+        # Before DDP, which looks at the module's buffers and parameters once.
+        module = convert_sync_batchnorm(module)
+    module = module.to(device)
+    if world.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    wrapped = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None, **ddp)
+    settle_buckets(wrapped)
+    return wrapped
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside; a module that was not wrapped is returned as it is."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP rebuild its gradient buckets now, not after the first real step. Collective.
+
+    DDP lays its buckets out anew after the first backward pass. From three ranks on, the sum of an element depends (by
+    an ulp) on where it lies in the reduced buffer, so a resumed run would take its first step in another layout than
+    the run that was never interrupted, and their bits would part. One backward pass of a stub, before any counted
+    step, on a fresh start and a resume alike, makes the layout the same from the first step on.
+
+    The order in which gradients become ready here is the order of the buckets from then on. Autograd runs the
+    operation recorded last first, so the last parameters' gradients come first, as in a real backward pass, where
+    their reduction overlaps with the rest.
+    """
+    parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
+    module = model.module
+    model.module = _Stub(parameters)
+    model.require_forward_param_sync = False  # there are no buffers to even out; DDP sets it again in this forward
+    try:
+        model().backward()
+    finally:
+        model.module = module
+    for parameter in parameters:
+        parameter.grad = None
+
+
+class _Stub(nn.Module):
+    """Uses every parameter once, with a gradient of zero."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters_in_use = parameters  # a list: not registered, so nothing sees them twice
+
+    def forward(self) -> torch.Tensor:
+        # Double precision: the parameters' types may differ, and sums of one type must not overflow.
+        return torch.stack([(parameter.sum() * 0).double() for parameter in self._parameters_in_use]).sum()
+
+
+def share_buffers(module: nn.Module, world: World) -> None:
+    """Give every rank rank zero's buffers. Collective.
+
+    Without SyncBatchNorm each rank's running statistics drift apart within a step, and DDP only evens them out at the
+    next training pass; rank zero's are the ones that count and that are saved.
+    """
+    if world.world_size == 1:
+        return
+    for buffer in _distinct(module.buffers()):
+        torch.distributed.broadcast(buffer, 0)
+
+
+def _distinct(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())

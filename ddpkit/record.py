@@ -1,0 +1,129 @@
+"""What a run writes down for people and programs: metrics.jsonl and events.jsonl, by rank zero.
+
+What depends on the clock sits under ``time``; every other value in metrics.jsonl is bit-reproducible. A full disk
+costs lines, never the run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("ddpkit")
+
+
+class JsonLines:
+    """A file of JSON lines that only grows, except that a restore may cut its end off."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._complained = False
+        self._torn = False
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line, whole; on a full disk warn once and go on."""
+        text = json.dumps(line).encode() + b"\n"
+        if self._torn:
+            text = b"\n" + text  # so that half a line spoils itself alone
+        try:
+            written = self._file.write(text)
+            self._torn = written != len(text)
+            if not self._torn:
+                return
+            reason = "no space left on the device"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if not self._complained:
+            self._complained = True
+            log.warning("%s: cannot be written (%s); the run goes on without these lines", self._path, reason)
+
+    def make_durable(self) -> None:
+        """Have what was written survive a power cut."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            log.debug("%s: fsync: %s", self._path, error)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def cut_metrics(path: Path, step: int, evaluated: bool) -> None:
+    """Drop the lines of steps that a restore has undone, and half a line at the end.
+
+    Args:
+        path: metrics.jsonl; may be missing.
+        step: the step restored; 0 for a fresh start.
+        evaluated: whether the state was saved after the evaluation of that step, so that its line stays.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        place = kept = 0
+        for line in file:
+            place += len(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # half a line, from a full disk or a kill; it stays if whole ones follow
+            if not (line.endswith(b"\n") and _stays(entry, step, evaluated)):
+                break
+            kept = place
+        file.truncate(kept)
+
+
+def _stays(entry: Any, step: int, evaluated: bool) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    return bool(entry["step"] < step or (entry["step"] == step and (evaluated or entry.get("kind") != "eval")))
+
+
+class Recorder:
+    """Rank zero's two files; on the other ranks everything here does nothing.
+
+    Args:
+        run_dir: exists and can be written.
+        is_main: whether this is rank zero.
+        attempt: the number of this attempt, noted in every event.
+    """
+
+    def __init__(self, run_dir: Path, is_main: bool, attempt: int) -> None:
+        self._attempt = attempt
+        self._metrics_path = run_dir / "metrics.jsonl"
+        self._events = JsonLines(run_dir / "events.jsonl") if is_main else None
+        self._metrics: JsonLines | None = None
+
+    def open_metrics(self, step: int, evaluated: bool) -> None:
+        """Begin to write metrics after a restore of ``step``; call once, before `metrics`."""
+        if self._events is not None:
+            cut_metrics(self._metrics_path, step, evaluated)
+            self._metrics = JsonLines(self._metrics_path)
+
+    def metrics(self, kind: str, progress: Mapping[str, int], values: Mapping[str, float], **clock: float) -> None:
+        """Write one line: what was trained or evaluated at this step."""
+        if self._metrics is not None:
+            time_part = {"unix": round(time.time(), 3)} | {name: round(value, 6) for name, value in clock.items()}
+            self._metrics.write({"kind": kind, **progress, **values, "time": time_part})
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Write one line: a start, a save, a restore, a stop, a failure."""
+        if self._events is not None:
+            self._events.write({"event": name, "attempt": self._attempt, **fields, "unix": round(time.time(), 3)})
+
+    def make_durable(self) -> None:
+        """Have the metrics of a step be durable before its checkpoint is."""
+        if self._metrics is not None:
+            self._metrics.make_durable()
+
+    def close(self) -> None:
+        """Close both files."""
+        for file in (self._metrics, self._events):
+            if file is not None:
+                file.close()

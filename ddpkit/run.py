@@ -1,0 +1,419 @@
+"""A run directory in use: progress, what is recorded, when to save, when to stop.
+
+`Run` is what `rt.resume` gives to a script of one's own, and what `fit` works on; both loops count, record, save and
+stop by the same few calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ddpkit import errors
+from ddpkit.checkpoint.claim import Claim, Claimant, acquire
+from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
+from ddpkit.errors import DdpkitError, SaveFailed, StopRequested, UserError
+from ddpkit.loader import Loader
+from ddpkit.model import unwrap
+from ddpkit.permutation import derive
+from ddpkit.record import Recorder
+from ddpkit.seeding import seed_generators
+from ddpkit.state import pack, rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from ddpkit.session import Runtime
+
+log = logging.getLogger("ddpkit")
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that can be part of a checkpoint."""
+
+    def state_dict(self) -> Any:
+        """What to save."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Take up what was saved."""
+        ...
+
+
+@dataclass
+class Progress:
+    """How far a run is. Optimizer steps and samples are its only clocks."""
+
+    step: int = 0
+    samples: int = 0
+    epoch: int = 0
+    """Epochs completed, with the work that belongs to their ends."""
+    evaluated: int = -1
+    """The step of the newest evaluation."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Which start of the run this is, and who started it."""
+
+    number: int = 0
+    launcher_pid: int | None = None
+
+
+class Run:
+    """An open run directory. A context manager; entering restores, and is collective. Made by `Runtime.resume`.
+
+    Attributes:
+        progress: how far the run is.
+    """
+
+    def __init__(
+        self,
+        rt: Runtime,
+        run_dir: Path,
+        objects: Mapping[str, Any],
+        *,
+        every_steps: int | None = 1000,
+        every_minutes: float | None = None,
+        keep: int = 3,
+        max_failures: int = 3,
+        log_every: int = 10,
+        attempt: Attempt = Attempt(),
+        wait_for_claim_s: float = 15.0,
+    ) -> None:
+        _check_objects(objects)
+        self.progress = Progress()
+        self._rt = rt
+        self._run_dir = run_dir
+        self._objects = dict(objects)
+        self._loader = next((item for item in objects.values() if isinstance(item, Loader)), None)
+        self._every_steps = every_steps
+        self._every_minutes = every_minutes
+        self._keep = keep
+        self._max_failures = max_failures
+        self._log_every = log_every
+        self._attempt = attempt
+        self._wait_for_claim_s = wait_for_claim_s
+        self._stack = ExitStack()
+        self._failures = 0
+        self._saved: dict[str, Any] | None = None
+        self._saved_at = time.monotonic()
+        self._save_is_due = False
+        self._in_epochs = False
+        self._logged = (time.monotonic(), 0, 0)
+        self._claim: Claim | None = None
+        self._recorder: Recorder
+        self._store: CheckpointStore
+
+    def __enter__(self) -> Run:
+        try:
+            self._on_main("run_dir", self._take_directory)
+            self._recorder = Recorder(self._run_dir, self._rt.is_main, self._attempt.number)
+            self._stack.callback(self._recorder.close)
+            self._store = CheckpointStore(
+                self._run_dir / "checkpoints",
+                self._keep,
+                self._rt.ranks,
+                event=self._recorder.event,
+                warn=self._warn,
+                fence=self._fence,
+            )
+            self._on_main("leftovers", self._store.clean)
+            self._check_state()
+            self._restore()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
+        self._stack.close()
+
+    # -- a loop of one's own ---------------------------------------------------------------------------------------
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """Count epochs from where the run stands up to ``count``; save and stop between them where that is due.
+
+        What a script does after its inner loop (validation, a scheduler's step) belongs to the epoch: it is done
+        before the epoch's last step is saved, so that a restart neither repeats nor skips it. At the end the run is
+        saved. Collective at every turn.
+        """
+        while self.progress.epoch < count:
+            self._in_epochs = True
+            yield self.progress.epoch
+            self.end_epoch()
+        self.finish()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward pass weighted by this rank's share, so that the gradient is the mean over the global batch.
+
+        ``loss`` is the mean over the batch that the loader gave out last. Collective, as DDP's backward is.
+        """
+        part = self._loader.current if self._loader is not None else None
+        weight = 1.0 if part is None else part.weight(self._rt.world_size)
+        (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]  # torch's
+
+    def step(self, **values: Any) -> None:
+        """Count an optimizer step; record, save and stop when due. Call it after ``optimizer.step()``. Collective.
+
+        Args:
+            values: numbers or one-element tensors of this rank; their means over the ranks, weighted by samples, are
+                recorded every ``log_every`` steps. At other steps they are not looked at.
+
+        Raises:
+            StopRequested: all ranks have agreed to stop; the state is saved. It ends a script with exit code 75.
+            SaveFailed: saving has failed too often in a row.
+        """
+        self.count(values)
+        self.boundary()
+
+    # -- what `fit` adds its own work between ----------------------------------------------------------------------
+
+    @property
+    def records_next_step(self) -> bool:
+        """Whether the values of the step under way will be recorded."""
+        return (self.progress.step + 1) % self._log_every == 0
+
+    def count(self, values: Mapping[str, Any]) -> None:
+        """The first half of `step`: count it and record its values."""
+        self.progress.step += 1
+        if self._loader is not None:
+            self.progress.samples = self._loader.consumed
+        if self.progress.step % self._log_every == 0:
+            self._record_step(values)
+        if self._every_steps is not None and self.progress.step % self._every_steps == 0:
+            self._save_is_due = True
+
+    def boundary(self) -> None:
+        """The second half of `step`: save when due, stop when agreed."""
+        # An epoch's last step is saved by `end_epoch`, when the work that belongs to the epoch has been done too.
+        if self._in_epochs and self._loader is not None and self._loader.at_end:
+            return
+        if self._save_is_due:
+            self._save()
+        if (reason := self._rt.stop.poll()) is not None:
+            self.leave(reason)
+
+    def end_epoch(self) -> None:
+        """Close the epoch: the loaders go to the next one; save when due, stop when agreed."""
+        self._in_epochs = False
+        for loader in self._objects.values():
+            if isinstance(loader, Loader):
+                loader.end_epoch()
+        self.progress.epoch += 1
+        self.boundary()
+
+    def record(self, kind: str, values: Mapping[str, float], **clock: float) -> None:
+        """Write a line of metrics for the present step; ``kind`` is "train" or "eval". ``clock``: seconds by name."""
+        if kind == "eval":
+            self.progress.evaluated = self.progress.step
+        place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
+        self._recorder.metrics(kind, place, values, **clock)
+        if self._rt.is_main:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in (*values.items(), *clock.items()))
+            log.info("%s  epoch %d  step %d  %s", kind, self.progress.epoch, self.progress.step, shown)
+
+    def leave(self, reason: str) -> NoReturn:
+        """Save and leave, as all ranks have agreed. Collective; does not return.
+
+        Raises:
+            StopRequested: the state is saved.
+            SaveFailed: it could not be.
+        """
+        self._save(must=True)
+        self._recorder.event("stopped", step=self.progress.step, reason=reason)
+        raise StopRequested(reason)
+
+    def finish(self) -> None:
+        """Save the end of the run. A run that cannot save its end has failed. Collective."""
+        if self._saved == asdict(self.progress):
+            return
+        self._save(must=True)
+        self._recorder.event("finished", step=self.progress.step)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _record_step(self, values: Mapping[str, Any]) -> None:
+        part = self._loader.current if self._loader is not None else None
+        means, save_now = self._means(values, 1.0 if part is None else float(part.size))
+        self._save_is_due |= save_now
+        now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
+        elapsed, steps = now - self._logged[0], step - self._logged[1]
+        rate = (samples - self._logged[2]) / elapsed
+        self._logged = (now, step, samples)
+        self.record("train", means, step_s=elapsed / max(steps, 1), samples_per_s=rate)
+
+    def _means(self, values: Mapping[str, Any], weight: float) -> tuple[dict[str, float], bool]:
+        """Means over ranks by samples, and whether rank zero's clock asks for a save: one all-reduce for both."""
+        late = self._every_minutes is not None and time.monotonic() - self._saved_at > self._every_minutes * 60
+        own = [float(value) * weight if weight else 0.0 for value in values.values()]
+        sums = torch.tensor([weight, float(late and self._rt.is_main), *own], dtype=torch.float64)
+        if self._rt.world_size > 1:
+            sums = sums.to(self._rt.device)
+            torch.distributed.all_reduce(sums)
+        total, save_now, *rest = sums.tolist()
+        return {name: value / total for name, value in zip(values, rest, strict=True)}, save_now > 0
+
+    def _save(self, must: bool = False) -> None:
+        self._save_is_due = False
+        if self._saved == asdict(self.progress):
+            return
+        started = time.monotonic()
+        self._recorder.make_durable()  # the lines up to this step, before the checkpoint that counts on them
+        try:
+            saved = self._store.save(self.progress.step, self._snapshot())
+        except SaveFailed as error:
+            self._failures += 1
+            self._recorder.event("save_failed", step=self.progress.step, cause=str(error))
+            if must or self._failures >= self._max_failures:
+                raise
+            self._warn(f"{error}. The run goes on; older checkpoints are kept ({self._failures} failed in a row).")
+            return
+        self._failures = 0
+        self._saved, self._saved_at = asdict(self.progress), time.monotonic()
+        seconds = round(time.monotonic() - started, 4)
+        if saved.written:
+            self._recorder.event("saved", step=saved.step, bytes=saved.bytes, seconds=seconds)
+
+    def _snapshot(self) -> Snapshot:
+        replicated: dict[str, Any] = {}
+        main: dict[str, Any] = {}
+        for name, item in self._objects.items():
+            if isinstance(item, nn.Module):
+                # Buffers may differ between ranks (BatchNorm's, unsynchronised); rank zero's are the ones DDP uses.
+                module = unwrap(item)
+                parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
+                state = module.state_dict()
+                replicated[name] = {key: value for key, value in state.items() if key in parameters}
+                main[name] = {key: value for key, value in state.items() if key not in parameters}
+                main[f"{name}_keys"] = list(state)  # the order of the whole, for export
+            elif isinstance(item, Optimizer):
+                replicated[name] = item.state_dict()
+            else:
+                main[name] = item.state_dict()
+        return Snapshot(asdict(self.progress), replicated, main, own={"rng": rng_state(self._rt.device)})
+
+    def _check_state(self) -> None:
+        """Say now what cannot be saved, not after the first hour."""
+        snapshot = self._snapshot()
+        pack({**snapshot.main, **snapshot.replicated})
+
+    def _restore(self) -> None:
+        loaded = self._store.load_newest()
+        if loaded is not None:
+            self._take_up(loaded)
+        progress = self.progress
+        self._recorder.open_metrics(progress.step, evaluated=progress.evaluated == progress.step)
+        self._logged = (time.monotonic(), progress.step, progress.samples)
+        self._recorder.event(
+            "started" if loaded is None else "restored", step=progress.step, world_size=self._rt.world_size
+        )
+        if loaded is not None and self._rt.is_main:
+            log.info("goes on at step %d (epoch %d), from %s", progress.step, progress.epoch, self._run_dir)
+
+    def _take_up(self, loaded: Loaded) -> None:
+        self._check_same_objects(loaded)
+        for name, item in self._objects.items():
+            if isinstance(item, nn.Module):
+                module = unwrap(item)
+                state = {**loaded.replicated[name], **loaded.main[name]}
+                check_same_tensors(name, module.state_dict(), state)
+                module.load_state_dict(state)
+            elif isinstance(item, Optimizer):
+                _check_same_groups(name, item, loaded.replicated[name])
+                item.load_state_dict(loaded.replicated[name])
+            else:
+                item.load_state_dict(loaded.main[name])
+        self.progress = Progress(**loaded.progress)
+        self._saved = dict(loaded.progress)
+        if loaded.own is not None:
+            set_rng_state(loaded.own["rng"], self._rt.device)
+        else:  # there were fewer ranks: this one's stream begins here, the same in every such restart
+            seed_generators(derive(self._rt.seed, "rank", self._rt.rank, "joined", self.progress.step))
+
+    def _check_same_objects(self, loaded: Loaded) -> None:
+        saved = {*loaded.replicated, *loaded.main}
+        saved -= {f"{name}_keys" for name in saved}
+        if saved != set(self._objects):
+            raise UserError(
+                f"{self._run_dir}: the checkpoint of step {loaded.step} holds {sorted(saved)}, but the run has "
+                f"{sorted(self._objects)}; give the same objects under the same names, or another run_dir"
+            )
+
+    def _take_directory(self) -> None:
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir: {self._run_dir} cannot be made: {error.strerror}") from error
+        claimant = Claimant.here(self._attempt.launcher_pid, restart_count=self._rt.world.restart_count)
+        self._claim = self._stack.enter_context(acquire(self._run_dir, claimant, self._wait_for_claim_s))
+
+    def _fence(self) -> None:
+        if self._claim is not None:
+            self._claim.check()
+
+    def _warn(self, message: str) -> None:
+        if self._rt.is_main:
+            log.warning("%s", message)
+
+    def _on_main(self, name: str, action: Callable[[], Any]) -> None:
+        """Rank zero acts; if one of our errors comes of it, all ranks raise it. Collective."""
+        failure = None
+        if self._rt.is_main:
+            try:
+                action()
+            except DdpkitError as error:
+                failure = [type(error).__name__, str(error)]
+        failure = self._rt.ranks.decide(name, failure)
+        if failure is not None:
+            kind: type[DdpkitError] = getattr(errors, failure[0], DdpkitError)
+            raise kind(failure[1])
+
+
+def _check_objects(objects: Mapping[str, Any]) -> None:
+    for name, item in objects.items():
+        if not isinstance(item, Stateful):
+            raise UserError(
+                f"resume: {name}={type(item).__name__} cannot be part of a checkpoint: it needs state_dict() and "
+                "load_state_dict(state)"
+            )
+
+
+def check_same_tensors(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise UserError, with the keys and shapes that differ, unless ``saved`` fits a model whose state is ``own``."""
+    lines = [f"  {key}: in the model, not in the checkpoint" for key in own if key not in saved]
+    lines += [f"  {key}: in the checkpoint, not in the model" for key in saved if key not in own]
+    lines += [
+        f"  {key}: {tuple(saved[key].shape)} in the checkpoint, {tuple(value.shape)} in the model"
+        for key, value in own.items()
+        if key in saved
+        and isinstance(value, torch.Tensor)
+        and isinstance(saved[key], torch.Tensor)
+        and value.shape != saved[key].shape
+    ]
+    if lines:
+        more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
+        raise UserError(
+            "\n".join([f"{name}: the checkpoint is of another model:", *lines[:20], *more])
+            + "\nGive the model it was made with, or another run_dir."
+        )
+
+
+def _check_same_groups(name: str, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    own_sizes = [len(group["params"]) for group in optimizer.param_groups]
+    saved_sizes = [len(group["params"]) for group in saved["param_groups"]]
+    if own_sizes != saved_sizes:
+        raise UserError(
+            f"{name}: the checkpoint's optimizer has parameter groups of {saved_sizes} parameters, this one's are "
+            f"{own_sizes}; give the same groups, or another run_dir"
+        )

@@ -1,0 +1,310 @@
+"""The runtime: a process group and what hangs on it, from entering the context to leaving it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
+from torch.utils.data import Sampler
+
+from ddpkit import evaluate as evaluation
+from ddpkit import model as models
+from ddpkit import rendezvous
+from ddpkit.agree import Ranks
+from ddpkit.errors import UserError
+from ddpkit.fetching import LoaderOptions
+from ddpkit.loader import Loader
+from ddpkit.permutation import derive
+from ddpkit.run import Run
+from ddpkit.seeding import seed_generators
+from ddpkit.stop import StopVote, stop_on_signals
+from ddpkit.world import World
+
+log = logging.getLogger("ddpkit")
+
+_CLOSING_S = 60.0  # ranks leave together, but one that does not come must not hold the others for long
+
+
+class Runtime:
+    """This rank's view of the run: who it is, its device, its process group. A context manager.
+
+    Entering is collective (the group forms), and so is leaving without an exception. A single process has no group.
+    Use `runtime` to make one.
+
+    Attributes:
+        world: who this rank is.
+        device: this rank's.
+        ranks: agreements outside of tensors.
+        stop: the vote on stopping.
+    """
+
+    def __init__(self, world: World, *, seed: int, backend: str, timeout_s: float) -> None:
+        self.world = world
+        self.seed = seed
+        self.device = choose_device(world, backend)
+        self._backend = ("nccl" if self.device.type == "cuda" else "gloo") if backend == "auto" else backend
+        self._timeout_s = timeout_s
+        self._stack = ExitStack()
+        self._loaders: list[Loader] = []
+        self.ranks: Ranks
+        self.stop: StopVote
+
+    def __enter__(self) -> Runtime:
+        seed_generators(derive(self.seed, "start"))  # the same on all ranks, for the model's initialisation
+        try:
+            self._form_group()
+            self.stop = self._stack.enter_context(StopVote(self.world, self._connect))
+            self._stack.enter_context(stop_on_signals(self.stop))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if error is not None and not isinstance(error, SystemExit):
+                self._tell_failure(error)
+            else:
+                self._leave_together()
+        finally:
+            self._stack.close()
+
+    @property
+    def rank(self) -> int:
+        """This rank's number among all."""
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks there are."""
+        return self.world.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's number on its node."""
+        return self.world.local_rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero."""
+        return self.world.is_main
+
+    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = True, **ddp: Any) -> nn.Module:
+        """Move to the device, synchronise BatchNorm, wrap in DDP; from here the ranks' generators differ. Collective.
+
+        Args:
+            module: with the same parameters on all ranks; a model built after `runtime` began has them.
+            sync_batchnorm: have BatchNorm layers see the batch of all ranks.
+            ddp: passed on to `torch.nn.parallel.DistributedDataParallel`.
+        """
+        wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **ddp)
+        seed_generators(derive(self.seed, "rank", self.rank))
+        return wrapped
+
+    def loader(
+        self,
+        dataset: Any,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        sampler: str | Callable[[Any], Sampler[Any]] = "elastic",
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        prefetch_factor: int = 2,
+        persistent_workers: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        worker_init_fn: Callable[[int], None] | None = None,
+    ) -> Loader:
+        """Make this rank's loader: resumable at any sample, the same order at any number of ranks.
+
+        Args:
+            dataset: map-style (``__len__`` and ``__getitem__``) or a `torch.utils.data.IterableDataset`.
+            global_batch_size: samples per optimizer step over all ranks.
+            micro_batch_size: samples per rank and pass; None takes the rank's whole share at once.
+            shuffle: False keeps the dataset's order.
+            drop_last: leave out the incomplete last global batch; False trains it as it is.
+            sampler: "elastic", "distributed" (torch's), or a function of the dataset that gives a torch ``Sampler``
+                of the order of all samples.
+            num_workers: processes that fetch; 0 fetches in this one.
+            pin_memory: None pins if the device is a GPU.
+            prefetch_factor: passes that each worker fetches ahead.
+            persistent_workers: keep the workers from epoch to epoch.
+            collate_fn: list of samples to batch; torch's `default_collate` by default.
+            worker_init_fn: called in each worker with its number.
+
+        Raises:
+            UserError: fewer samples in a global batch than ranks, an empty dataset, a sampler that does not fit.
+        """
+        loader = Loader(
+            dataset,
+            self.world,
+            self.ranks,
+            self.device,
+            seed=derive(self.seed, "loader", len(self._loaders)),
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            sampler=sampler,
+            options=LoaderOptions(
+                num_workers=num_workers,
+                pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
+                prefetch_factor=prefetch_factor,
+                persistent_workers=persistent_workers,
+                collate_fn=collate_fn,
+                worker_init_fn=worker_init_fn,
+            ),
+        )
+        self._loaders.append(loader)
+        self._stack.callback(loader.close)
+        return loader
+
+    def resume(
+        self,
+        run_dir: str | Path,
+        *,
+        every_steps: int | None = 1000,
+        keep: int = 3,
+        log_every: int = 10,
+        **objects: Any,
+    ) -> Run:
+        """Open a run directory, restore its newest intact checkpoint if there is one. Collective.
+
+        Args:
+            run_dir: where the run keeps everything it writes; made if missing.
+            every_steps: optimizer steps between saves; None saves at the end and on stops only.
+            keep: checkpoints kept.
+            log_every: optimizer steps between lines in metrics.jsonl.
+            objects: what belongs to the run's state, by name: modules (wrapped or not), optimizers, loaders,
+                schedulers, and anything else with state_dict and load_state_dict.
+
+        Raises:
+            UserError: another process is using the directory, or the checkpoint is of other objects.
+            BrokenCheckpoint: there are checkpoints, and none is intact.
+        """
+        return self._stack.enter_context(
+            Run(self, Path(run_dir), objects, every_steps=every_steps, keep=keep, log_every=log_every)
+        )
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        eval_step: evaluation.EvalStep,
+        *,
+        batch_size: int = 64,
+        metrics: Mapping[str, Any] | None = None,
+        **loader: Any,
+    ) -> dict[str, float]:
+        """Evaluate exactly: every sample counts once, on any number of ranks. Collective.
+
+        See `ddpkit.evaluate.evaluate`.
+        """
+        return evaluation.evaluate(
+            self,
+            model,
+            dataset,
+            eval_step,
+            batch_size=batch_size,
+            metrics=metrics,
+            options=LoaderOptions(**loader),
+        )
+
+    def mean(self, values: Any, weights: Any = None) -> Any:
+        """The mean over all ranks, weighted, the same on every rank. Collective.
+
+        Args:
+            values: a number, a tensor, or a mapping of names to them; of this rank.
+            weights: this rank's weight, a number; by default all ranks count the same. A rank of weight 0 counts
+                nothing, whatever its value (NaN, say).
+
+        Returns:
+            In the shape of ``values``: floats for numbers, float64 tensors for tensors.
+        """
+        return evaluation.mean(self, values, weights)
+
+    def main_first(self, scope: str = "global") -> AbstractContextManager[None]:
+        """Rank zero (or with ``scope="node"`` the first rank of each node) runs the block first. Collective."""
+        return self.ranks.main_first(scope)
+
+    def barrier(self, name: str, timeout_s: float | None = None) -> None:
+        """Wait for all ranks; a barrier that times out names those that did not come. Collective."""
+        self.ranks.barrier(name, timeout_s if timeout_s is not None else self._timeout_s)
+
+    def _connect(self) -> Store:
+        return rendezvous.connect(self.world, self._timeout_s)
+
+    def _form_group(self) -> None:
+        self._server = rendezvous.host(self.world)
+        self.store = self._connect()
+        self.ranks = Ranks(self.world, PrefixStore("agree", self.store))
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world_size == 1:
+            return
+        if dist.is_initialized():
+            raise UserError(
+                "a process group exists already: enter ddpkit.runtime() instead of calling init_process_group"
+            )
+        dist.init_process_group(
+            self._backend,
+            store=PrefixStore("group", self.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self._timeout_s),
+            device_id=self.device if self._backend == "nccl" else None,
+        )
+        self._stack.callback(dist.destroy_process_group)
+
+    def _leave_together(self) -> None:
+        # A rank that closed its connections early would cut off ranks that are still in their last collective.
+        try:
+            self.ranks.barrier("leave", _CLOSING_S)
+        except Exception as error:  # noqa: BLE001 - the work is done; what can fail here is others leaving
+            log.debug("leaving alone: %s", error)
+
+    def _tell_failure(self, error: BaseException) -> None:
+        try:
+            self.ranks.tell_failure(f"{type(error).__name__}: {error}")
+        except Exception as telling:  # noqa: BLE001 - the error itself matters, and the store may be what failed
+            log.debug("could not tell the others: %s", telling)
+
+
+def runtime(seed: int = 0, *, backend: str = "auto", timeout_s: float = 1800.0, world: World | None = None) -> Runtime:
+    """The entry for a script of one's own: ``with ddpkit.runtime(seed=0) as rt``.
+
+    Args:
+        seed: of everything random.
+        backend: "auto" takes nccl on GPUs and gloo on CPU; "gloo" stays on the CPU.
+        timeout_s: of collectives, in seconds.
+        world: who this rank is; by default read from the environment of whatever launcher started it, if any.
+
+    Raises:
+        UserError: the environment is half-set or contradicts itself, or there are more ranks than GPUs.
+    """
+    return Runtime(world or World.from_env(), seed=seed, backend=backend, timeout_s=timeout_s)
+
+
+def choose_device(world: World, backend: str) -> torch.device:
+    """This rank's GPU if there are GPUs and the backend can use them, else the CPU."""
+    if backend == "gloo" or not torch.cuda.is_available():
+        if backend == "nccl":
+            raise UserError("launch.backend: nccl needs GPUs, and torch sees none here; use auto or gloo")
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if world.local_world_size > count:
+        raise UserError(
+            f"launch.nproc_per_node: {world.local_world_size} ranks on {world.host}, which has {count} GPU(s): "
+            f"one rank needs one GPU. Start {count}, or use launch.backend=gloo to train on the CPU."
+        )
+    return torch.device("cuda", world.local_rank)

@@ -1,0 +1,145 @@
+"""One optimizer step on this rank: forward and backward over its passes, then the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ddpkit.errors import UserError
+from ddpkit.sampler import Pass
+from ddpkit.world import World
+
+StepFunction = Callable[[nn.Module, Any], Any]
+"""(model, batch) -> mean loss | {"loss": mean loss, "weight": n (optional), other scalars}."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainStep:
+    """Accumulates gradients over passes, so that they are those of the mean over the global batch, then updates.
+
+    Each pass counts by its samples, or by the ``weight`` that the user's step returns (tokens, say). Weights by samples
+    are known beforehand and scale the loss. Weights of the user's are known afterwards only: the losses are summed by
+    weight, and the gradients divided by the weight of all ranks.
+
+    Args:
+        model: as `wrap` gave it.
+        optimizer: over its parameters.
+        function: the user's step.
+        world: who this rank is.
+        device: of this rank.
+        precision: "fp32", "bf16" or "fp16" (with loss scaling); autocast covers the user's step.
+        clip_grad_norm: the largest norm of the whole gradient; None does not clip.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        function: StepFunction,
+        world: World,
+        device: torch.device,
+        precision: str = "fp32",
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._function = function
+        self._world = world
+        self._device = device
+        self._dtype = _DTYPES.get(precision)
+        self._clip_grad_norm = clip_grad_norm
+        self.scaler = GradScaler(device.type, enabled=precision == "fp16")
+        self._weight_sum: torch.Tensor | None = None
+        self._kept: list[tuple[Pass, Any, Mapping[str, Any]]] = []
+
+    def accumulate(self, batch: Any, part: Pass, keep_values: bool) -> None:
+        """Forward and backward over one pass; gradients are reduced over the ranks in the last one. Collective."""
+        with self._unsynced() if not part.is_last else nullcontext():
+            with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+                loss, weight, values = _read(self._function(self._model, batch))
+            factor = part.weight(self._world.world_size) if weight is None else weight
+            # A factor of one, the common case, changes no bit: no operation, and the same bits as without ddpkit.
+            scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
+            if self.scaler.is_enabled():
+                scaled = self.scaler.scale(scaled)
+            scaled.backward()  # type: ignore[no-untyped-call]  # torch's
+        if weight is not None:
+            own = torch.as_tensor(weight, dtype=torch.float64, device=self._device).detach()
+            self._weight_sum = own if self._weight_sum is None else self._weight_sum + own
+        if keep_values:
+            self._kept.append((part, weight, values))
+
+    def update(self) -> dict[str, float]:
+        """Step the optimizer. Collective if the user gives weights.
+
+        Returns:
+            This rank's mean of each value over the passes that were to be kept; empty if none were.
+        """
+        if self._weight_sum is not None:
+            self._divide_by_weight(self._weight_sum)
+            self._weight_sum = None
+        values: dict[str, float] = {}
+        if self._clip_grad_norm is not None:
+            self.scaler.unscale_(self._optimizer)
+            norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad_norm)
+            if self._kept:
+                values["grad_norm"] = float(norm)
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        values |= _means_of(self._kept)
+        self._kept.clear()
+        return values
+
+    def _unsynced(self) -> AbstractContextManager[None]:
+        model = self._model
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def _divide_by_weight(self, total: torch.Tensor) -> None:
+        if self._world.world_size > 1:
+            torch.distributed.all_reduce(total)
+        # DDP has divided by the world size already.
+        factor = self._world.world_size / total
+        gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(factor.to(gradient.dtype))
+
+
+def _read(output: Any) -> tuple[torch.Tensor, Any, Mapping[str, Any]]:
+    """The user's step's answer as (loss, weight or None, values to record)."""
+    if isinstance(output, torch.Tensor):
+        output = {"loss": output}
+    if not isinstance(output, Mapping) or not isinstance(output.get("loss"), torch.Tensor):
+        found = f"a mapping with {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__
+        raise UserError(
+            f"train.step returned {found}; it is to return the mean loss (a tensor), or a mapping with 'loss' and "
+            "other scalars"
+        )
+    loss = output["loss"]
+    if loss.numel() != 1 or not loss.requires_grad:
+        fault = f"has shape {tuple(loss.shape)}" if loss.numel() != 1 else "does not depend on the parameters"
+        raise UserError(f"train.step: the loss {fault}; it is to be the mean over the batch, ready for backward()")
+    weight = output.get("weight")
+    values = {
+        name: value.detach() if isinstance(value, torch.Tensor) else value
+        for name, value in output.items()
+        if name != "weight"
+    }
+    return loss.reshape(()), weight, values
+
+
+def _means_of(kept: list[tuple[Pass, Any, Mapping[str, Any]]]) -> dict[str, float]:
+    counted = [(part.size if weight is None else float(weight), values) for part, weight, values in kept]
+    counted = [(weight, values) for weight, values in counted if weight > 0]  # an empty pass's loss is NaN
+    total = sum(weight for weight, _ in counted)
+    if not counted:
+        return {name: 0.0 for _, _, values in kept for name in values}
+    return {name: sum(weight * float(values[name]) for weight, values in counted) / total for name in counted[0][1]}

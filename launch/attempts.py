@@ -1,0 +1,125 @@
+"""What the launcher writes into a run directory: a file for each attempt, its logs, and the newest failure report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpkit.errors import UserError
+
+from .job import Failure
+from .supervise import explain
+
+
+@dataclass(frozen=True)
+class AttemptFile:
+    """One start of the ranks of a run."""
+
+    run_dir: Path
+    number: int
+    begun: dict[str, Any]
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the ranks' logs go."""
+        return self.run_dir / "logs" / f"attempt-{self.number}"
+
+    def end(self, how: str, exit_code: int) -> None:
+        """Note how the attempt ended."""
+        ended = {"ended": time.time(), "how": how, "exit_code": exit_code}
+        write(_path(self.run_dir, self.number), self.begun | ended)
+
+
+def begin(run_dir: Path, launcher: str, nproc: int, command: tuple[str, ...]) -> AttemptFile:
+    """Take the next attempt's number and make its folders.
+
+    Raises:
+        UserError: the run directory cannot be written.
+    """
+    begun = {
+        "launcher": launcher,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "ranks": nproc,
+        "command": list(command),
+        "started": time.time(),
+    }
+    try:
+        (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
+        number = _take_number(run_dir)
+        attempt = AttemptFile(run_dir, number, {"attempt": number} | begun)
+        attempt.log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"run_dir: {run_dir} cannot be written: {error.strerror}. Choose another one, or make room or change its "
+            "permissions."
+        ) from error
+    write(_path(run_dir, number), attempt.begun)
+    return attempt
+
+
+def report_failure(failures: tuple[Failure, ...], attempt: AttemptFile | None) -> str:
+    """The failure report as text: the cause once, its consequences in a line each; also kept as failure.json."""
+    first, *others = failures
+    logs = str(attempt.log_dir / f"rank-{first.rank}.log") if attempt is not None else None
+    advice = "its output: " + logs if logs else "run with --run-dir DIR to keep each rank's output"
+    what = f"{first.kind}: {first.message}" if first.kind else first.message
+    lines = [f"rank {first.rank} on {first.host} failed: {what}"]
+    if first.traceback:
+        lines += ["", *("  " + line for line in first.traceback.rstrip().splitlines()), ""]
+    for other in others:
+        said = (other.message.splitlines() or [""])[0]
+        lines.append(f"  then rank {other.rank}: {other.kind + ': ' if other.kind else ''}{said[:160]}")
+    lines.append(advice)
+    if attempt is not None:
+        tree = _tree(first) | {
+            "attempt": attempt.number,
+            "log": logs,
+            "others": [_tree(other) for other in others],
+        }
+        write(attempt.run_dir / "failure.json", tree)
+    return "\n".join(lines)
+
+
+def write(path: Path, tree: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; a disk that refuses it ends nothing."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(tree, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _take_number(run_dir: Path) -> int:
+    taken = [int(path.stem[8:]) for path in (run_dir / "attempts").glob("attempt-*.json") if path.stem[8:].isdigit()]
+    number = max(taken, default=-1) + 1
+    while True:
+        try:
+            _path(run_dir, number).touch(exist_ok=False)
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+def _path(run_dir: Path, number: int) -> Path:
+    return run_dir / "attempts" / f"attempt-{number}.json"
+
+
+def _tree(failure: Failure) -> dict[str, Any]:
+    return {
+        "rank": failure.rank,
+        "host": failure.host,
+        "kind": failure.kind or None,
+        "message": failure.message,
+        "exit": explain(failure.exit_code),
+        "traceback": failure.traceback or None,
+    }

@@ -1,0 +1,102 @@
+"""argv -> what is to be done: parsed, checked as a whole, planned, and only then carried out.
+
+Nothing here or above imports torch: help, dry runs and refusals answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ddpkit.errors import EXIT_DONE, EXIT_INTERRUPTED, DdpkitError
+
+from . import commands
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except DdpkitError as error:
+        print(f"ddpkit: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `ddpkit status | head`
+        sys.stderr.close()
+        return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ddpkit", description="Train on any number of ranks; stop and go on anywhere."
+    )
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = verbs.add_parser("run", help="start a run, continue it, or say that it is finished")
+    run.add_argument("config", metavar="CONFIG.yaml")
+    _add_overrides(run)
+    _add_launching(run)
+    run.add_argument(
+        "--accept-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="let this key differ from the run's config",
+    )
+    run.set_defaults(command=commands.run)
+
+    launch = verbs.add_parser("launch", help="run a script of your own on several ranks")
+    launch.add_argument("--nproc-per-node", metavar="N", help="ranks on this machine, or auto")
+    launch.add_argument("--nnodes", metavar="N", help="machines")
+    launch.add_argument("--run-dir", type=Path, metavar="DIR", help="where attempts, logs and failure reports go")
+    _add_overrides(launch)
+    _add_launching(launch)
+    launch.add_argument("-m", dest="module", metavar="MODULE", nargs=argparse.REMAINDER, help="a module, as python -m")
+    launch.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT.py [ARGS...]")
+    launch.set_defaults(command=commands.launch)
+
+    evaluate = verbs.add_parser("eval", help="evaluate a checkpoint, exactly, on any number of ranks")
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    evaluate.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    _add_overrides(evaluate)
+    _add_launching(evaluate)
+    evaluate.set_defaults(command=commands.evaluate)
+
+    status = verbs.add_parser("status", help="where a run stands")
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    status.add_argument("--json", action="store_true", help="for programs")
+    status.set_defaults(command=commands.status)
+
+    export = verbs.add_parser("export", help="write the model of a checkpoint as .pt or .safetensors")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    export.set_defaults(command=commands.export)
+
+    verify = verbs.add_parser("verify", help="check every checkpoint against its manifest")
+    verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    verify.set_defaults(command=commands.verify)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="key.path=value",
+        help="set a key of the config",
+    )
+
+
+def _add_launching(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--launcher", metavar="L", help="short for -o launch.launcher=L")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
+    parser.add_argument("--tee", choices=["all"], help="show the output of all ranks, not only rank 0's")
+    parser.add_argument("--wait", action="store_true", help="follow a submitted job (other launchers wait anyway)")

@@ -1,0 +1,209 @@
+"""What each verb of the command line does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ddpkit import config as configs
+from ddpkit import factories
+from ddpkit.checkpoint import claim, listing
+from ddpkit.checkpoint.manifest import Manifest
+from ddpkit.config import Config
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
+
+from . import plan as plans
+from .job import Job
+from .launchers import inline, local
+from .plan import Plan
+from .status import describe, read_status, to_json
+
+_LAUNCHERS = {"inline": inline.run, "local": local.run}
+
+
+def run(arguments: Namespace) -> int:
+    """`ddpkit run`: idempotent; starts, continues, or says that the run is finished."""
+    config = configs.load(arguments.config, _overrides(arguments))
+    run_dir = Path(config.run_dir)
+    _check_references(config)
+    options = {"launcher_pid": os.getpid()}
+    job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
+    plan = _plan(config, job, run_dir, arguments)
+    if arguments.dry_run:
+        print(f"{configs.dump(config)}---\n{plan.describe()}")
+        return EXIT_DONE
+    _check_same_run(config, run_dir, arguments.accept_change)
+    if (holder := claim.holder(run_dir, claim.Claimant.here())) is not None:
+        raise UserError(
+            f"run_dir: {run_dir} is in use by pid {holder.claimant.process.pid} on {holder.claimant.place.host} since "
+            f"{holder.started_at}; wait for it, stop it, or choose another run_dir"
+        )
+    newest = listing.intact_newest(run_dir)
+    if newest is not None and _is_finished(config, newest):
+        print(f"ddpkit: {run_dir} is finished: step {newest.step}", file=sys.stderr)
+        return EXIT_DONE
+    _store_config(config, run_dir)
+    return _LAUNCHERS[plan.launcher](plan)
+
+
+def launch(arguments: Namespace) -> int:
+    """`ddpkit launch`: a script or module on several ranks, as ``python`` would run it."""
+    overrides = _overrides(arguments)
+    if arguments.nproc_per_node is not None:
+        overrides.append(f"launch.nproc_per_node={arguments.nproc_per_node}")
+    if arguments.nnodes is not None:
+        overrides.append(f"launch.nnodes={arguments.nnodes}")
+    settings = configs.load_launch(overrides)
+    job = _script_job(arguments)
+    plan = plans.make(
+        settings,
+        job,
+        run_dir=arguments.run_dir,
+        tee_all=arguments.tee == "all",
+        command=tuple(sys.argv),
+    )
+    if arguments.dry_run:
+        print(plan.describe())
+        return EXIT_DONE
+    if plan.launcher == "inline":
+        raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
+    return _LAUNCHERS[plan.launcher](plan)
+
+
+def evaluate(arguments: Namespace) -> int:
+    """`ddpkit eval`: prints one JSON line; writes nothing into the run directory."""
+    stored = arguments.run_dir / "config.yaml"
+    if not stored.is_file():
+        raise UserError(f"{arguments.run_dir}: there is no config.yaml in it; `ddpkit run` makes a run directory")
+    overrides = [f"run_dir={arguments.run_dir}", *_overrides(arguments)]
+    config = configs.load(stored, overrides)
+    _check_references(config)
+    if listing.intact_newest(arguments.run_dir) is None:
+        raise UserError(f"{arguments.run_dir}: there is no intact checkpoint to evaluate")
+    job = Job("eval", configs.to_tree(config), {"step": arguments.step}, search_path=(str(Path.cwd()),))
+    plan = _plan(config, job, None, arguments)
+    if arguments.dry_run:
+        print(plan.describe())
+        return EXIT_DONE
+    return _LAUNCHERS[plan.launcher](plan)
+
+
+def status(arguments: Namespace) -> int:
+    """`ddpkit status`: where a run stands."""
+    found = read_status(arguments.run_dir)
+    print(to_json(found) if arguments.json else describe(found))
+    return EXIT_DONE
+
+
+def export(arguments: Namespace) -> int:
+    """`ddpkit export`: the model alone, in a format that other programs read."""
+    from .export import write_model  # with torch, only here
+
+    write_model(arguments.run_dir, arguments.out, arguments.step)
+    return EXIT_DONE
+
+
+def verify(arguments: Namespace) -> int:
+    """`ddpkit verify`: a line for each checkpoint; 1 if one is not intact."""
+    if not arguments.run_dir.is_dir():
+        raise UserError(f"{arguments.run_dir}: there is no such directory")
+    found = listing.listing(arguments.run_dir)
+    aside = listing.set_aside(listing.checkpoints_directory(arguments.run_dir))
+    if not found and not aside:
+        raise UserError(f"{arguments.run_dir}: there are no checkpoints in it")
+    for each in found:
+        print(f"{each.path.name}: {'intact' if each.problem is None else each.problem}")
+    for _, path in aside:
+        print(f"{path.name}: broken, set aside earlier")
+    return EXIT_FAILED if aside or any(each.problem is not None for each in found) else EXIT_DONE
+
+
+def _overrides(arguments: Namespace) -> list[str]:
+    overrides = list(arguments.overrides)
+    if arguments.launcher is not None:
+        overrides.append(f"launch.launcher={arguments.launcher}")
+    return overrides
+
+
+def _plan(config: Config, job: Job, run_dir: Path | None, arguments: Namespace) -> Plan:
+    return plans.make(
+        config.launch,
+        job,
+        run_dir=run_dir,
+        tee_all=arguments.tee == "all",
+        command=tuple(sys.argv),
+        deterministic=config.train.deterministic,
+        global_batch_size=config.data.global_batch_size if job.kind == "run" else None,
+    )
+
+
+def _check_references(config: Config) -> None:
+    problems = factories.check(config, [str(Path.cwd()), *sys.path[1:]])
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _script_job(arguments: Namespace) -> Job:
+    if arguments.module:
+        name, *argv = arguments.module
+        return Job("module", target=name, argv=tuple(argv), search_path=(str(Path.cwd()),))
+    if not arguments.script:
+        raise UserError(
+            "launch: nothing to launch was given: ddpkit launch [options] SCRIPT.py [ARGS...], or -m MODULE"
+        )
+    script, *argv = arguments.script
+    if script.startswith("-"):
+        raise UserError(f"launch: unknown option {script}; see ddpkit launch --help")
+    if not Path(script).exists():
+        raise UserError(f"launch: there is no file {script} in {Path.cwd()}")
+    # What python puts first on the path: the folder that the script really lies in.
+    return Job("script", target=script, argv=tuple(argv), search_path=(str(Path(script).resolve().parent),))
+
+
+def _is_finished(config: Config, newest: Manifest) -> bool:
+    """Whether nothing is left to do, by the newest intact checkpoint alone."""
+    progress: Any = newest.progress
+    train = config.train
+    if train.max_steps is not None:
+        trained = progress["step"] >= train.max_steps
+    else:
+        trained = train.epochs is not None and progress["epoch"] >= train.epochs
+    return trained and (train.eval_step is None or progress["evaluated"] == progress["step"])
+
+
+def _check_same_run(config: Config, run_dir: Path, accepted: list[str]) -> None:
+    stored = run_dir / "config.yaml"
+    if not stored.exists():
+        return
+    try:
+        before = configs.load(stored)
+    except ConfigError as error:
+        raise UserError(f"{error}\n{stored} belongs to the run; restore it, or choose another run_dir") from error
+    found = configs.differences(before, config)
+    refused = [each for each in found if not any(_covers(key, each.key) for key in accepted)]
+    if refused:
+        lines = "\n".join(f"  {each}" for each in refused)
+        raise UserError(
+            f"the config differs from the one that {run_dir} was started with:\n{lines}\n"
+            f"Undo the change, choose another run_dir, or accept it: --accept-change {refused[0].key}"
+        )
+
+
+def _covers(accepted: str, key: str) -> bool:
+    return key == accepted or key.startswith(accepted + ".")
+
+
+def _store_config(config: Config, run_dir: Path) -> None:
+    temporary = run_dir / f".config.yaml.{os.getpid()}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(configs.dump(config))
+        temporary.replace(run_dir / "config.yaml")
+    except OSError as error:
+        raise UserError(
+            f"run_dir: {run_dir} cannot be written: {error.strerror}. Choose another one, or make room or change its "
+            "permissions."
+        ) from error

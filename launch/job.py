@@ -1,0 +1,93 @@
+"""The values that cross a process boundary: what ranks are to do, and what they say in return. All of it JSON."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["run", "eval", "script", "module", "call"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank does: exactly one of a config, a script, a module or a pickled call.
+
+    Attributes:
+        kind: which of the following fields counts.
+        config: "run" and "eval": the resolved config.
+        options: "run" and "eval": what else the worker needs (attempt, launcher's pid, step to evaluate).
+        target: "script": its path as given; "module": its name.
+        argv: "script" and "module": the arguments.
+        call: "call": (function, args, kwargs), by cloudpickle.
+        search_path: put before ``sys.path``: what ``python`` itself would put there, or the caller's own path.
+    """
+
+    kind: Kind
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    target: str = ""
+    argv: tuple[str, ...] = ()
+    call: bytes = b""
+    search_path: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree that `from_json` takes back."""
+        return asdict(self) | {"call": base64.b64encode(self.call).decode()}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Job:
+        """The job that `to_json` wrote."""
+        given = tree | {
+            "call": base64.b64decode(tree["call"]),
+            "argv": tuple(tree["argv"]),
+            "search_path": tuple(tree["search_path"]),
+        }
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class RankOrder:
+    """One rank's part: its environment, and the descriptors that it writes to."""
+
+    rank: int
+    env: dict[str, str]
+    stdout: int
+    stderr: int
+    report: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank ended badly.
+
+    Attributes:
+        rank: which one.
+        host: where it ran.
+        when: seconds on this node's monotonic clock: of the exception, or when its end was seen.
+        exit_code: of the process; negative for a signal.
+        kind: the exception's type; empty if there was none to see.
+        message: its text.
+        traceback: as Python prints it; empty for input errors and kills.
+        is_users_input: the user's input is wrong (exit code 2).
+        exception: the exception itself, by cloudpickle; empty if it cannot be pickled.
+    """
+
+    rank: int
+    host: str
+    when: float
+    exit_code: int
+    kind: str = ""
+    message: str = ""
+    traceback: str = ""
+    is_users_input: bool = False
+    exception: bytes = b""
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree that `from_json` takes back."""
+        return asdict(self) | {"exception": base64.b64encode(self.exception).decode()}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Failure:
+        """The failure that `to_json` wrote."""
+        return cls(**tree | {"exception": base64.b64decode(tree["exception"])})

@@ -1,0 +1,38 @@
+"""One rank in this very process: for debuggers, and where somebody else has started the ranks already."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from ddpkit import world
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED
+
+from ..attempts import begin
+from ..plan import Plan
+
+
+def run(plan: Plan) -> int:
+    """Do the job here. Exceptions pass through, so that a debugger stops where they are raised."""
+    from ddpkit import worker  # torch, only now
+
+    world.adopt(plan.env)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ddpkit").setLevel(logging.INFO)
+    sys.path[0:1] = plan.job.search_path
+    attempt = begin(plan.run_dir, "inline", 1, plan.command) if plan.run_dir is not None else None
+    options = plan.job.options | {"attempt": attempt.number if attempt else 0}
+    try:
+        worker.work(plan.job.kind, plan.job.config, options)
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
+        if attempt is not None:
+            attempt.end("stopped on request", code)
+        return code
+    except BaseException as error:
+        if attempt is not None:
+            attempt.end(f"{type(error).__name__}: {error}", getattr(error, "exit_code", EXIT_FAILED))
+        raise
+    if attempt is not None:
+        attempt.end("done", EXIT_DONE)
+    return EXIT_DONE

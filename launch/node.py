@@ -1,0 +1,201 @@
+"""The process that starts the ranks of one node, and that their ends are told to.
+
+It imports torch once and forks the ranks (``warm``), or starts each anew (``spawn``). What it imports is torch and
+ddpkit, nothing of the user's; it runs no tensor operation (children of a process that ran a parallel one deadlock) and
+touches no device, not even to ask whether there is one. Its first child serves the rendezvous store, so that no rank
+owns it.
+
+It is also the guardian: when the launcher is gone, by whatever signal, its end of the control socket closes, and all
+that was started here is ended. Ranks die with this process in turn (the kernel sees to it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ddpkit import rendezvous
+from ddpkit.orphans import die_with_parent
+
+from . import rank as rank_process
+from .job import Job, RankOrder
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
+
+
+def main(control_fd: str, listener_fd: str, start_method: str) -> int:
+    """Serve one launcher until it says to end, or is gone."""
+    control = socket.socket(fileno=int(control_fd))
+    listener = socket.socket(fileno=int(listener_fd))
+    # Orphans of ranks (loader workers of plain scripts) come to this process, which can then end them.
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if start_method == "warm":
+        _import_once()
+        gc.collect()
+        gc.freeze()  # the collector would write to every object's page in every rank
+    node = _Node(control, listener, start_method)
+    try:
+        node.serve()
+    finally:
+        end_descendants()
+    return 0
+
+
+def _import_once() -> None:
+
+    import ddpkit.worker  # noqa: F401 - the ranks' own code
+
+
+class _Node:
+    def __init__(self, control: socket.socket, listener: socket.socket, start_method: str) -> None:
+        self._control = control
+        self._listener = listener
+        self._start_method = start_method
+        self._pending = b""
+        self._ranks: dict[int, int] = {}  # pid -> rank
+        self._store: int | None = None
+        self._parent = os.getppid()
+
+    def serve(self) -> None:
+        """Handle orders and ends of children until the launcher wants no more."""
+        woken, wake = os.pipe()
+        os.set_blocking(wake, False)
+        os.set_blocking(woken, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler, so that the wake-up is written
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        self._tell(ready=True)
+        while True:
+            ready, _, _ = select.select([self._control.fileno(), woken], [], [], _LOOK_AT_PARENT_S)
+            if os.getppid() != self._parent:
+                return
+            if woken in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(woken, 4096)
+            self._reap()
+            if self._control.fileno() in ready and not self._orders():
+                return
+
+    def _orders(self) -> bool:
+        data = self._control.recv(1 << 20)
+        if not data:
+            return False
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            order = json.loads(line)
+            if order["do"] == "start":
+                self._start(Job.from_json(order["job"]), [RankOrder(**each) for each in order["ranks"]])
+            elif order["do"] == "signal":
+                self._signal(order["number"], order["ranks"])
+            else:
+                return False
+        return True
+
+    def _start(self, job: Job, orders: list[RankOrder]) -> None:
+        if self._store is None:
+            self._store = _fork(self._serve_store, self._control, [])
+        self._listener.close()
+        for order in orders:
+            # A rank holds only its own ends: a pipe is at its end when those who write to it are gone.
+            others = [fd for other in orders if other != order for fd in (other.stdout, other.stderr, other.report)]
+            if self._start_method == "warm":
+                pid = _fork(partial(rank_process.run, job, order), self._control, others)
+            else:
+                pid = _spawn(job, order)
+            self._ranks[pid] = order.rank
+        self._tell(started={str(rank): pid for pid, rank in self._ranks.items()})
+
+    def _serve_store(self) -> int:
+        kept = rendezvous.serve(self._listener)
+        signal.pause()  # until this process's parent dies, or the node is done with it
+        del kept
+        return 0
+
+    def _signal(self, number: int, ranks: list[int]) -> None:
+        for pid, rank in self._ranks.items():
+            if rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if (rank := self._ranks.pop(pid, None)) is not None:
+                self._tell(ended=rank, status=os.waitstatus_to_exitcode(status), when=time.monotonic())
+
+    def _tell(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # the launcher is gone; the next turn of the loop sees it
+            self._control.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _fork(body: Callable[[], int], control: socket.socket, others: list[int]) -> int:
+    """Fork a child that runs ``body`` and ends with its result; returns the child's pid.
+
+    The child closes its copies of ``control`` and of the descriptors ``others``. The socket by its object: were the
+    descriptor closed behind its back, the object's own end would close whatever had taken that number meanwhile.
+    """
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    die_with_parent(parent)
+    control.close()
+    for descriptor in others:
+        os.close(descriptor)
+    # Through the interpreter's own exit, not os._exit: atexit functions and threads end as in any script.
+    sys.exit(body())
+
+
+def _spawn(job: Job, order: RankOrder) -> int:
+    descriptor = os.memfd_create("ddpkit-order")
+    with os.fdopen(os.dup(descriptor), "w") as file:
+        json.dump({"job": job.to_json(), "order": vars(order)}, file)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    parent = os.getpid()
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("child.py")), "rank", str(descriptor)],
+        pass_fds=[descriptor, order.stdout, order.stderr, order.report],
+        env=os.environ | order.env,
+        preexec_fn=lambda: die_with_parent(parent),
+    )
+    os.close(descriptor)
+    process.returncode = 0  # reaped by waitpid above, not by subprocess
+    return process.pid
+
+
+def end_descendants() -> None:
+    """SIGKILL all that descends from this process, and again what comes to it as orphans meanwhile."""
+    me = psutil.Process()
+    while children := me.children(recursive=True):
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        for child in me.children():
+            with contextlib.suppress(psutil.Error, ChildProcessError):
+                child.wait(timeout=1)

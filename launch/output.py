@@ -1,0 +1,73 @@
+"""Where ranks' output goes: each rank's own log, and the console."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+
+class Output:
+    """Takes what ranks write, as it comes.
+
+    The console shows rank zero as it is, or with ``tee_all`` every rank line by line with its number. A log that
+    cannot be written (a full disk) is given up with one word about it; the ranks never notice.
+
+    Args:
+        log_dir: gets ``rank-N.log`` for each rank; None keeps no logs.
+        tee_all: show all ranks.
+    """
+
+    def __init__(self, log_dir: Path | None, tee_all: bool) -> None:
+        self._log_dir = log_dir
+        self._tee_all = tee_all
+        self._logs: dict[int, BinaryIO | None] = {}
+        self._partial: dict[tuple[int, str], bytes] = {}
+
+    def write(self, rank: int, stream: str, data: bytes) -> None:
+        """Take what a rank wrote on "stdout" or "stderr"."""
+        self.log(rank, data)
+        if self._tee_all:
+            *lines, rest = (self._partial.get((rank, stream), b"") + data).split(b"\n")
+            self._partial[(rank, stream)] = rest
+            for line in lines:
+                self._show(stream, b"[rank %d] %s\n" % (rank, line))
+        elif rank == 0:
+            self._show(stream, data)
+
+    def flush(self) -> None:
+        """Show lines that have not been ended, and close the logs."""
+        for (rank, stream), rest in self._partial.items():
+            if rest:
+                self._show(stream, b"[rank %d] %s\n" % (rank, rest))
+        self._partial.clear()
+        for log in self._logs.values():
+            if log is not None:
+                log.close()
+        self._logs.clear()
+
+    def log(self, rank: int, data: bytes) -> None:
+        """Write to a rank's log alone."""
+        if self._log_dir is None:
+            return
+        path = self._log_dir / f"rank-{rank}.log"
+        try:
+            if rank not in self._logs:
+                self._logs[rank] = path.open("ab", buffering=0)
+            log = self._logs[rank]
+            if log is not None:
+                log.write(data)
+        except OSError as error:
+            self._logs[rank] = None
+            self._show("stderr", f"{path}: cannot be written ({error.strerror}); this log ends here\n".encode())
+
+    def _show(self, stream: str, data: bytes) -> None:
+        # What reads our output may have gone (`| head`); that is no reason to end a training run.
+        with contextlib.suppress(OSError, ValueError):
+            target = sys.stdout if stream == "stdout" else sys.stderr
+            target.flush()
+            view = memoryview(data)
+            while view:
+                view = view[os.write(target.fileno(), view) :]

@@ -1,0 +1,125 @@
+"""What a command will do, as a value that can be printed, tested and then carried out."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddpkit import world
+from ddpkit.config import Launch
+from ddpkit.errors import UserError
+
+from .job import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A start of ranks.
+
+    Attributes:
+        launcher: "inline" or "local".
+        nproc: ranks on this machine.
+        start_method: "warm" or "spawn".
+        max_restarts: of a failed group.
+        env: variables that every rank gets besides those that say who it is.
+        job: what the ranks do.
+        run_dir: where attempts, logs and failure reports go; None keeps none.
+        tee_all: show the output of all ranks.
+        command: what was typed, for the record.
+    """
+
+    launcher: str
+    nproc: int
+    start_method: str
+    max_restarts: int
+    env: dict[str, str]
+    job: Job
+    run_dir: Path | None
+    tee_all: bool
+    command: tuple[str, ...]
+
+    def describe(self) -> str:
+        """The plan as YAML-like lines, for ``--dry-run``."""
+        what = self.job.target or (str(self.run_dir) if self.run_dir else self.job.kind)
+        lines = [
+            f"launcher: {self.launcher}",
+            f"ranks: {self.nproc}",
+            f"start_method: {self.start_method}",
+            f"max_restarts: {self.max_restarts}",
+            f"job: {self.job.kind} {what}",
+            *(f"env: {name}={value}" for name, value in sorted(self.env.items())),
+        ]
+        return "\n".join(lines)
+
+
+def make(
+    launch: Launch,
+    job: Job,
+    *,
+    run_dir: Path | None,
+    tee_all: bool,
+    command: tuple[str, ...],
+    deterministic: bool = False,
+    global_batch_size: int | None = None,
+) -> Plan:
+    """Decide how many ranks start, and with which environment.
+
+    Raises:
+        UserError: more ranks than GPUs or than samples in a global batch.
+    """
+    env = world.environment()
+    gpus = 0 if launch.backend == "gloo" else visible_gpus(env)
+    cores = len(os.sched_getaffinity(0))
+    nproc = _ranks(launch, gpus, cores)
+    if gpus and nproc > gpus:
+        raise UserError(
+            f"launch.nproc_per_node: {nproc} ranks, but this machine has {gpus} GPU(s), and one rank needs one GPU. "
+            "Give at most that many, or launch.backend=gloo to train on the CPU."
+        )
+    if launch.backend == "nccl" and not gpus:
+        raise UserError("launch.backend: nccl needs GPUs, and this machine shows none; use auto or gloo")
+    if global_batch_size is not None and global_batch_size < nproc:
+        raise UserError(
+            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc} ranks; give at least "
+            f"{nproc}, or start fewer ranks (launch.nproc_per_node)"
+        )
+    added = world.thread_and_network_defaults(env, nproc, (launch.cpus_per_rank or 0) * nproc or cores)
+    if deterministic and gpus and "CUBLAS_WORKSPACE_CONFIG" not in env:
+        added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch asks for it
+    return Plan(
+        launcher=launch.launcher,
+        nproc=nproc,
+        start_method=launch.start_method,
+        max_restarts=launch.max_restarts,
+        env=added,
+        job=job,
+        run_dir=run_dir,
+        tee_all=tee_all,
+        command=command,
+    )
+
+
+def visible_gpus(env: dict[str, str]) -> int:
+    """GPUs that ranks will see, without torch: the driver's device files, and CUDA_VISIBLE_DEVICES."""
+    devices = [entry for entry in Path("/dev").glob("nvidia[0-9]*") if entry.name[6:].isdigit()]
+    chosen = env.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not devices:
+        return len(devices)
+    names = [name.strip() for name in chosen.split(",") if name.strip()]
+    # CUDA stops at the first that is no device.
+    bad = next((place for place, name in enumerate(names) if name.startswith("-")), len(names))
+    return min(bad, len(devices))
+
+
+def _ranks(launch: Launch, gpus: int, cores: int) -> int:
+    if launch.launcher == "inline":
+        if launch.nproc_per_node not in ("auto", 1):
+            raise UserError(
+                f"launch.nproc_per_node: {launch.nproc_per_node} ranks, but the inline launcher is this one process; "
+                "use launch.launcher=local"
+            )
+        return 1
+    if launch.nproc_per_node != "auto":
+        return launch.nproc_per_node
+    return gpus or launch.nproc_without_gpu or max(1, cores // 2)

@@ -1,0 +1,139 @@
+"""The first and the last thing that happens in a rank: its environment and output before the job, its report after."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import logging
+import os
+import runpy
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from ddpkit import world
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+
+from .job import Failure, Job, RankOrder
+
+
+def main(order_fd: str) -> int:
+    """A rank that was started anew (``start_method: spawn``); its order lies in an inherited file."""
+    with os.fdopen(int(order_fd)) as file:
+        tree = json.load(file)
+    return run(Job.from_json(tree["job"]), RankOrder(**tree["order"]))
+
+
+def run(job: Job, order: RankOrder) -> int:
+    """Do the job as this rank, and say how it went. Returns the exit code of the process."""
+    world.adopt(order.env)
+    _redirect(order)
+    sys.path[0:1] = job.search_path
+    try:
+        result = _do(job)
+    except SystemExit as leaving:
+        return _exit_code(leaving, order)
+    except UserError as error:
+        _report_failure(order, error, EXIT_USER, with_traceback=False)
+        return EXIT_USER
+    except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported
+        _report_failure(order, error, EXIT_FAILED, with_traceback=True)
+        return EXIT_FAILED
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+    if job.kind == "call":
+        _report(order, {"result": base64.b64encode(cloudpickle.dumps(result)).decode()})
+    return EXIT_DONE
+
+
+def _do(job: Job) -> Any:
+    if job.kind == "script":
+        sys.argv = [job.target, *job.argv]
+        runpy.run_path(job.target, run_name="__main__")
+    elif job.kind == "module":
+        sys.argv = [
+            job.target,
+            *job.argv,
+        ]  # run_module replaces the first by the module's file, as python -m does
+        runpy.run_module(job.target, run_name="__main__", alter_sys=True)
+    elif job.kind == "call":
+        function, args, kwargs = cloudpickle.loads(job.call)
+        return function(*args, **kwargs)
+    else:
+        from ddpkit import worker  # with torch; a script may not want it
+
+        _show_log()
+        worker.work(job.kind, job.config, job.options)
+    return None
+
+
+def _redirect(order: RankOrder) -> None:
+    """Write to the launcher's pipes; lines appear as they are written, and a kill loses at most a part of one."""
+    os.dup2(order.stdout, 1)
+    os.dup2(order.stderr, 2)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper in a new process
+
+
+def _show_log() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("ddpkit")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
+    if leaving.code is None:
+        return EXIT_DONE
+    if isinstance(leaving.code, int):
+        return leaving.code & 0xFF
+    print(leaving.code, file=sys.stderr)  # noqa: T201 - what Python itself does with sys.exit("text")
+    _report_failure(order, leaving, EXIT_FAILED, with_traceback=False)
+    return EXIT_FAILED
+
+
+def _report_failure(order: RankOrder, error: BaseException, exit_code: int, with_traceback: bool) -> None:
+    when = time.monotonic()  # first of all: the order of failures is the order of causes
+    text = "".join(traceback.format_exception(_without_our_frames(error))) if with_traceback else ""
+    try:
+        exception = cloudpickle.dumps(error)
+    except Exception:  # noqa: BLE001 - any user type may refuse to be pickled, in any way
+        exception = b""
+    failure = Failure(
+        rank=order.rank,
+        host=socket.gethostname(),
+        when=when,
+        exit_code=exit_code,
+        kind=type(error).__name__,
+        message=str(error),
+        traceback=text,
+        is_users_input=isinstance(error, UserError),
+        exception=exception,
+    )
+    _report(order, {"failure": failure.to_json()})
+
+
+def _without_our_frames(error: BaseException) -> BaseException:
+    """Begin the traceback where the user's code, or ddpkit's core, begins."""
+    outside = {str(Path(__file__)), runpy.__file__, "<frozen runpy>"}
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename in outside:
+        trace = trace.tb_next
+    return error.with_traceback(trace) if trace is not None else error
+
+
+def _report(order: RankOrder, message: dict[str, Any]) -> None:
+    data = json.dumps(message).encode() + b"\n"
+    with contextlib.suppress(OSError):  # the launcher is gone, and this process will soon follow
+        while data:
+            data = data[os.write(order.report, data) :]

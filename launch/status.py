@@ -1,0 +1,162 @@
+"""Where a run stands, read off what it has left: checkpoints, metrics, events and attempts."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ddpkit import config as configs
+from ddpkit.checkpoint import claim, listing
+from ddpkit.errors import BrokenCheckpoint, UserError
+
+_TAIL = 1 << 16  # bytes of metrics.jsonl that hold the newest lines
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run as its directory shows it.
+
+    Attributes:
+        run_dir: of the run.
+        state: "running", "finished", "stopped", "failed" or "not started".
+        step: optimizer steps recorded.
+        saved_step: of the newest intact checkpoint; None without one.
+        epoch: the epoch under way.
+        samples: consumed over all ranks.
+        samples_per_s: as recorded last.
+        max_steps: where the run ends, if it is known.
+        eta_s: seconds to the end at the present speed, if the end is known.
+        metrics: the newest values by kind.
+        checkpoints: "intact" or what is wrong, by step.
+        attempts: what the launcher wrote about each.
+        goodput: time in attempts over time since the first start.
+    """
+
+    run_dir: str
+    state: str
+    step: int
+    saved_step: int | None
+    epoch: int
+    samples: int
+    samples_per_s: float | None
+    max_steps: int | None
+    eta_s: float | None
+    metrics: dict[str, dict[str, Any]]
+    checkpoints: dict[int, str]
+    attempts: list[dict[str, Any]]
+    goodput: float | None
+
+
+def read_status(run_dir: Path) -> Status:
+    """Read a run directory; changes nothing.
+
+    Raises:
+        UserError: there is no run in it.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: there is no config.yaml in it; `ddpkit run` makes a run directory")
+    config = configs.load(run_dir / "config.yaml")
+    metrics = _newest_metrics(run_dir / "metrics.jsonl")
+    checkpoints = {each.step: each.problem or "intact" for each in listing.listing(run_dir)}
+    try:
+        newest = listing.intact_newest(run_dir)
+    except BrokenCheckpoint:
+        newest = None
+    progress: dict[str, Any] = dict(newest.progress) if newest is not None else {}
+    last = max(metrics.values(), key=lambda line: int(line["step"]), default=progress)
+    attempts = _attempts(run_dir)
+    running = claim.holder(run_dir, claim.Claimant.here()) is not None
+    step = max(int(last.get("step", 0)), int(progress.get("step", 0)))
+    rate = metrics.get("train", {}).get("time", {})
+    max_steps = config.train.max_steps
+    eta = (max_steps - step) * rate["step_s"] if max_steps is not None and "step_s" in rate else None
+    return Status(
+        run_dir=str(run_dir),
+        state="running" if running else _state(attempts),
+        step=step,
+        saved_step=newest.step if newest is not None else None,
+        epoch=int(last.get("epoch", 0)),
+        samples=int(last.get("samples", 0)),
+        samples_per_s=rate.get("samples_per_s"),
+        max_steps=max_steps,
+        eta_s=eta,
+        metrics=metrics,
+        checkpoints=checkpoints,
+        attempts=attempts,
+        goodput=_goodput(attempts),
+    )
+
+
+def to_json(status: Status) -> str:
+    """The status for programs."""
+    return json.dumps(asdict(status), indent=1)
+
+
+def describe(status: Status) -> str:
+    """The status for people."""
+    end = f" of {status.max_steps}" if status.max_steps is not None else ""
+    lines = [
+        f"{status.run_dir}: {status.state}, step {status.step}{end}, epoch {status.epoch}, {status.samples} samples"
+    ]
+    if status.samples_per_s is not None:
+        lines.append(f"speed: {status.samples_per_s:.0f} samples/s")
+    if status.eta_s is not None and status.state == "running":
+        lines.append(f"to the end: {status.eta_s:.0f} s")
+    for kind, line in status.metrics.items():
+        skipped = ("kind", "step", "epoch", "samples", "time")
+        values = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name not in skipped)
+        lines.append(f"{kind} at step {line['step']}: {values}")
+    lines += [f"checkpoint {step}: {condition}" for step, condition in status.checkpoints.items()]
+    for attempt in status.attempts:
+        how = attempt.get("how", "no end was noted")
+        lines.append(
+            f"attempt {attempt.get('attempt')}: {attempt.get('ranks')} ranks, {attempt.get('launcher')}: {how}"
+        )
+    if status.goodput is not None:
+        lines.append(f"goodput: {status.goodput:.0%} of the time since the first start")
+    return "\n".join(lines)
+
+
+def _state(attempts: list[dict[str, Any]]) -> str:
+    if not attempts:
+        return "not started"
+    code = attempts[-1].get("exit_code")
+    return {None: "interrupted", 0: "finished", 75: "stopped", 130: "stopped"}.get(code, "failed")
+
+
+def _newest_metrics(path: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            found[entry["kind"]] = entry
+        except (ValueError, TypeError, KeyError):
+            continue  # half a line
+    return found
+
+
+def _attempts(run_dir: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in (run_dir / "attempts").glob("attempt-*.json"):
+        try:
+            found.append(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            continue  # taken, but not written yet
+    return sorted(found, key=lambda attempt: int(attempt["attempt"]))
+
+
+def _goodput(attempts: list[dict[str, Any]]) -> float | None:
+    spans = [(attempt["started"], attempt["ended"]) for attempt in attempts if "ended" in attempt]
+    if not spans:
+        return None
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    return min(1.0, sum(end - start for start, end in spans) / whole) if whole > 0 else None
