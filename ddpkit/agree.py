@@ -13,10 +13,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
 
 from ddpkit.errors import DdpkitError
@@ -24,7 +22,10 @@ from ddpkit.world import World
 
 log = logging.getLogger("ddpkit")
 
-_SLICE_S = 0.5  # a wait wakes up this often to look whether a rank has failed or a deadline has passed
+# A wait asks the store again and again, less and less often: the store's own blocking wait can only be given up by
+# its timeout, which logs two warnings each time.
+_FIRST_PAUSE_S = 0.0005
+_LONGEST_PAUSE_S = 0.02  # for up to 64 ranks; more take longer, so that the store answers as many questions a second
 _SAY_AFTER_S = 10.0  # a wait this long is reported, then at twice the time, and so on
 _FAILED = "failed"
 
@@ -139,12 +140,13 @@ class Ranks:
     def _await(self, key: str, name: str, place: str | None, timeout_s: float | None) -> None:
         started = time.monotonic()
         say_at = started + _SAY_AFTER_S
-        while True:
-            try:
-                self._store.wait([key], timedelta(seconds=_SLICE_S))
-                return
-            except dist.DistStoreError:  # this slice is over
-                now = time.monotonic()
+        pause, longest = _FIRST_PAUSE_S, _LONGEST_PAUSE_S * max(1.0, self.world_size / 64)
+        while not self._store.check([key]):
+            time.sleep(pause)
+            if pause < longest:
+                pause *= 2
+                continue
+            now = time.monotonic()
             if self._store.check([_FAILED]):
                 rank, cause = json.loads(self._store.get(_FAILED))
                 raise RankFailed(f"rank {rank} failed: {cause}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -191,10 +192,17 @@ class Fetcher:
 
     def close(self) -> None:
         """End the workers now. One that is deep in a fetch would hold up the end of the process."""
-        for worker in self._workers:
-            worker.kill()
-        for worker in self._workers:
-            worker.join()
+        if not self._workers or threading.current_thread() is not threading.main_thread():
+            return  # torch's own, slower clean-up takes place when the loader is forgotten
+        # torch's handler takes the death of any of its workers for an accident.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            for worker in self._workers:
+                worker.kill()
+            for worker in self._workers:
+                worker.join()
+        finally:
+            signal.signal(signal.SIGCHLD, handler)
         self._workers.clear()
 
 

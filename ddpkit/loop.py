@@ -132,7 +132,7 @@ class _Loop:
             self._evaluate()  # the run was stopped in this evaluation
         # A run that was stopped in the evaluation of an epoch's end still has the rest of that end before it.
         while self.loader.at_end or not self._has_ended():
-            if not self._train_epoch():
+            if not (self.loader.at_end or self._train_epoch()):
                 break  # max_steps, in the middle of the epoch
             self._close_epoch()
         if self.evaluation is not None and self.run.progress.evaluated != self.run.progress.step:
@@ -142,8 +142,6 @@ class _Loop:
     def _train_epoch(self) -> bool:
         """Train until the epoch or the run ends; True if it is the epoch."""
         run, loader, train_step = self.run, self.loader, self.train_step
-        if loader.at_end:
-            return True
         gave_batches = False
         for batch in loader:
             gave_batches = True

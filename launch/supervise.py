@@ -1,4 +1,4 @@
-"""Watch over a group of ranks on one node: pass on their output and signals, find the first failure, leave nothing behind.
+"""Watch over the ranks of one node: pass on output and signals, find the first failure, leave nothing behind.
 
 The launcher's side of `node`. One thread, one selector: everything that happens is an event with an order.
 """
