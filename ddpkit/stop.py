@@ -139,6 +139,8 @@ class stop_on_signals:
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._on_signal) for number in self._signals}
+            # A launcher may have blocked them until now; those that came meanwhile arrive here.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

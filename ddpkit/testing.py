@@ -58,7 +58,7 @@ def run_ranks(fn: Callable[..., T], nproc: int, *args: Any, timeout_s: float = 6
         RankDied: a rank was killed, or the time is over.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ddpkit.session"])
+    context.set_forkserver_preload(["ddpkit.session", "torch._dynamo"])
     payload = cloudpickle.dumps((fn, args, kwargs))
     store = rendezvous.serve(listener := rendezvous.listen())
     port = store.port

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import signal
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""What asks ranks to stop; blocked in a new rank until it can stop in an orderly way."""
 
 Kind = Literal["run", "eval", "script", "module", "call"]
 

@@ -33,7 +33,7 @@ from ddpkit import rendezvous
 from ddpkit.orphans import die_with_parent
 
 from . import rank as rank_process
-from .job import Job, RankOrder
+from .job import STOP_SIGNALS, Job, RankOrder
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
@@ -158,8 +158,11 @@ def _fork(body: Callable[[], int], control: socket.socket, others: list[int]) ->
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
+    # A rank is born with the stop signals blocked: one that comes early waits until the rank can stop in order.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     pid = os.fork()
     if pid:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return pid
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -178,12 +181,14 @@ def _spawn(job: Job, order: RankOrder) -> int:
         json.dump({"job": job.to_json(), "order": vars(order)}, file)
     os.lseek(descriptor, 0, os.SEEK_SET)
     parent = os.getpid()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as in `_fork`; it lasts through exec
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("child.py")), "rank", str(descriptor)],
         pass_fds=[descriptor, order.stdout, order.stderr, order.report],
         env=os.environ | order.env,
         preexec_fn=lambda: die_with_parent(parent),
     )
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     os.close(descriptor)
     process.returncode = 0  # reaped by waitpid above, not by subprocess
     return process.pid

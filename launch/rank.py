@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import socket
 import sys
 import time
@@ -20,7 +21,7 @@ import cloudpickle
 from ddpkit import world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 
-from .job import Failure, Job, RankOrder
+from .job import STOP_SIGNALS, Failure, Job, RankOrder
 
 
 def main(order_fd: str) -> int:
@@ -55,6 +56,13 @@ def run(job: Job, order: RankOrder) -> int:
 
 
 def _do(job: Job) -> Any:
+    if job.kind in ("run", "eval"):
+        from ddpkit import worker  # with torch; a script may not want it
+
+        _show_log()
+        worker.work(job.kind, job.config, job.options)  # lets the stop signals through when it can stop
+        return None
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if job.kind == "script":
         sys.argv = [job.target, *job.argv]
         runpy.run_path(job.target, run_name="__main__")
@@ -64,14 +72,9 @@ def _do(job: Job) -> Any:
             *job.argv,
         ]  # run_module replaces the first by the module's file, as python -m does
         runpy.run_module(job.target, run_name="__main__", alter_sys=True)
-    elif job.kind == "call":
+    else:
         function, args, kwargs = cloudpickle.loads(job.call)
         return function(*args, **kwargs)
-    else:
-        from ddpkit import worker  # with torch; a script may not want it
-
-        _show_log()
-        worker.work(job.kind, job.config, job.options)
     return None
 
 
