@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
 
 from ddpkit.errors import DdpkitError
@@ -34,6 +35,13 @@ class RankFailed(DdpkitError):
     """Another rank has failed, so this one ends too; the message carries that rank's cause."""
 
 
+def is_consequence(error: BaseException) -> bool:
+    """Whether this is what a rank sees when another one has gone: not a cause, but the end of a connection."""
+    if isinstance(error, (RankFailed, dist.DistError)):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)  # which raises nothing more specific
+
+
 class RanksMissing(DdpkitError):
     """Some ranks did not come to a barrier in time; the message names them."""
 
@@ -49,6 +57,7 @@ class Ranks:
     def __init__(self, world: World, store: Store) -> None:
         self.rank = world.rank
         self.world_size = world.world_size
+        self._local_world_size = world.local_world_size
         self._local_leader = world.rank - world.local_rank
         self._store = store
         self._uses: dict[str, int] = defaultdict(int)
@@ -66,7 +75,7 @@ class Ranks:
             RanksMissing: ranks did not come within ``timeout_s``.
         """
         if self.world_size == 1:
-            return [value]
+            return [json.loads(json.dumps(value))]  # a tuple becomes a list here too, as on more ranks
         use = self._uses[name]
         self._uses[name] += 1
         place = f"{name}/{use}"
@@ -74,8 +83,10 @@ class Ranks:
         # Rank zero reads everyone's and publishes the list: 3 store operations a rank, not one for each pair.
         if self.rank == 0:
             keys = [f"{place}/{rank}" for rank in range(self.world_size)]
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s  # one for all ranks together
             for key in keys:
-                self._await(key, name, place, timeout_s)
+                left = None if deadline is None else deadline - time.monotonic()
+                self._await(key, name, place, left, timeout_s)
             gathered = "[" + ",".join(value.decode() for value in self._store.multi_get(keys)) + "]"
             self._store.set(f"{place}/all", gathered)
             # All are here, so all have read the use before this one: its keys can go.
@@ -84,7 +95,7 @@ class Ranks:
             if use:
                 self._store.delete_key(f"{name}/{use - 1}/all")
         else:
-            self._await(f"{place}/all", name, place, timeout_s)
+            self._await(f"{place}/all", name, place, timeout_s, timeout_s)
             gathered = self._store.get(f"{place}/all").decode()
         values: list[Any] = json.loads(gathered)
         return values
@@ -119,8 +130,13 @@ class Ranks:
         self._uses["main_first"] += 1
         key = f"main_first/{use}/{leader}"
         if self.rank != leader:
-            self._await(key, f"main_first (rank {leader} is at work)", None, None)
-            if cause := json.loads(self._store.get(key)):
+            self._await(key, f"main_first (rank {leader} is at work)", key)
+            cause = json.loads(self._store.get(key))
+            followers = (self.world_size if scope == "global" else self._local_world_size) - 1
+            if self._store.add(f"{key}/read", 1) == followers:  # the last one tidies up
+                self._store.delete_key(key)
+                self._store.delete_key(f"{key}/read")
+            if cause:
                 raise RankFailed(f"rank {leader} failed in main_first: {cause}")
             yield
             return
@@ -131,13 +147,22 @@ class Ranks:
             raise
         self._store.set(key, json.dumps(None))
 
-    def tell_failure(self, cause: str) -> None:
-        """Let ranks that wait for an agreement know that this rank ends with an error. Not collective."""
-        if self.world_size > 1:
-            # The first cause stays; those after it are mostly its consequences.
-            self._store.compare_set(_FAILED, "", json.dumps([self.rank, cause]))
+    def tell_failure(self, cause: str) -> tuple[int, str]:
+        """Let ranks that wait for an agreement know that this rank ends with an error. Not collective.
 
-    def _await(self, key: str, name: str, place: str | None, timeout_s: float | None) -> None:
+        Returns:
+            The rank that failed first, and its cause; those after it are mostly its consequences.
+        """
+        if self.world_size == 1:
+            return self.rank, cause
+        first = self._store.compare_set(_FAILED, "", json.dumps([self.rank, cause]))
+        rank, cause = json.loads(first)
+        return rank, cause
+
+    def _await(
+        self, key: str, name: str, place: str, left_s: float | None = None, timeout_s: float | None = None
+    ) -> None:
+        """Wait for ``key``, at most ``left_s`` of the ``timeout_s`` that the whole agreement has."""
         started = time.monotonic()
         say_at = started + _SAY_AFTER_S
         pause, longest = _FIRST_PAUSE_S, _LONGEST_PAUSE_S * max(1.0, self.world_size / 64)
@@ -150,8 +175,8 @@ class Ranks:
             if self._store.check([_FAILED]):
                 rank, cause = json.loads(self._store.get(_FAILED))
                 raise RankFailed(f"rank {rank} failed: {cause}")
-            if timeout_s is not None and now - started > timeout_s:
-                missing = self._missing(place) if place else []
+            if left_s is not None and now - started > left_s:
+                missing = self._missing(place)
                 raise RanksMissing(
                     f"{name}: after {timeout_s:g} s these ranks have not come: {missing}; all others wait for them"
                 )

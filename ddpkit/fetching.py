@@ -10,12 +10,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.data._utils.worker as torch_worker
 from torch.utils._pytree import tree_map
@@ -81,12 +82,11 @@ class SeededStream(IterableDataset[Any]):
         drop_last: bool,
         epoch: int,
         position: int,
-        purpose: str = "sample",
     ) -> None:
         self._dataset = dataset
         self._collate = collate
         self._world = world
-        self._key = epoch_key(seed, purpose, epoch)
+        self._key = epoch_key(seed, "sample", epoch)
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._drop_last = drop_last
@@ -214,8 +214,10 @@ class _WorkerStart:
         self._then = then
 
     def __call__(self, worker_id: int) -> None:
-        # torch's workers look for a dead parent every 5 s only.
-        die_with_parent(self._rank_pid)
+        # torch's workers look for a dead parent every 5 s only. A fork server is the parent of those that it starts,
+        # and ends with the rank.
+        is_served = multiprocessing.get_start_method() == "forkserver"
+        die_with_parent(os.getppid() if is_served else self._rank_pid)
         # A cluster manager signals every process of a job step; whether to stop is the rank's business.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
@@ -228,17 +230,35 @@ def collate_of(options: LoaderOptions) -> Callable[[list[Any]], Any]:
     return options.collate_fn or default_collate
 
 
-def nothing_of(batch: Any) -> Any:
-    """A batch of length zero with the structure of ``batch``: every tensor and array cut along dimension 0."""
-    return tree_map(
-        lambda leaf: leaf[:0] if hasattr(leaf, "__getitem__") and not isinstance(leaf, str) else leaf, batch
-    )
+def nothing_of(batch: Any, sample: Any) -> Any:
+    """A batch of length zero with the structure of ``batch``, which was collated from ``sample`` alone.
+
+    Tensors and arrays are cut along dimension 0. A list of one whose element is the sample, or a part of it as it was
+    (texts, boxes, ...), is cut too. Anything else stays.
+    """
+    parts = {id(part) for part in _parts(sample)}
+
+    def lists_samples(node: Any) -> bool:
+        return type(node) in (list, tuple) and len(node) == 1 and id(node[0]) in parts
+
+    def cut(leaf: Any) -> Any:
+        is_stacked = isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf.ndim > 0
+        return leaf[:0] if is_stacked or lists_samples(leaf) else leaf
+
+    return tree_map(cut, batch, is_leaf=lists_samples)
+
+
+def _parts(sample: Any) -> Iterator[Any]:
+    yield sample
+    inner = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, (list, tuple)) else ()
+    for part in inner:
+        yield from _parts(part)
 
 
 def _collated(collate: Callable[[list[Any]], Any], samples: list[Any], key: int, first: int, empty: bool) -> Any:
     seed_host_generators(sample_key(key ^ _COLLATE, first))
     batch = collate(samples)
-    return nothing_of(batch) if empty else batch
+    return nothing_of(batch, samples[0]) if empty else batch
 
 
 def _as_it_is(fetched: Any) -> Any:

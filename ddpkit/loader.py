@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, Sampler
 from ddpkit.agree import Ranks
 from ddpkit.errors import UserError
 from ddpkit.fetching import Fetcher, LoaderOptions, SeededDataset, SeededStream, collate_of
-from ddpkit.sampler import Fetch, Pass, Plan, make_order
+from ddpkit.sampler import Fetch, Pass, Plan, SampledOrder, make_order
 from ddpkit.world import World
 
 log = logging.getLogger("ddpkit")
@@ -30,6 +30,8 @@ class Loader:
         epoch: the epoch of the last batch given out, or to come next.
         position: samples of that epoch given out so far, over all ranks.
         consumed: samples given out in all epochs, over all ranks.
+        dataset: as it was given.
+        options: how samples are fetched.
         current: the pass given out last; its size, and whether the optimizer steps after it.
     """
 
@@ -56,9 +58,9 @@ class Loader:
         self._world = world
         self._ranks = ranks
         self._device = device
-        self._dataset = dataset
+        self.dataset = dataset
         self._seed = seed
-        self._options = options
+        self.options = options
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._drop_last = drop_last
@@ -97,6 +99,17 @@ class Loader:
         return len(self._plan)
 
     @property
+    def batch_size(self) -> int:
+        """The most samples that this rank gets in one pass."""
+        share = -(-self._global_batch_size // self._world.world_size)
+        return min(share, self._micro_batch_size or share)
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether an epoch is made of the dataset's samples as they are, not of a user's sampler's choice of them."""
+        return self._plan is None or not isinstance(self._plan.order, SampledOrder)
+
+    @property
     def at_end(self) -> bool:
         """Whether the batch given out last was the last one of its epoch."""
         return self._ended or (self._plan is not None and self.position >= self._plan.stop)
@@ -124,7 +137,7 @@ class Loader:
             self.position = 0
         self._ended = False
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, as samples over all ranks: it means the same at any world size."""
         return {
             "epoch": self.epoch,
@@ -132,16 +145,26 @@ class Loader:
             "consumed": self.consumed,
             "at_end": self.at_end,
             "world_size": self._world.world_size,
+            "length": len(self.dataset) if self._plan else None,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Have the next iteration go on at a saved position."""
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
         self._ended = bool(state["at_end"])
         self._restored = True
-        lost = self._plan.order.restored(state["world_size"]) if self._plan and self.position else None
-        if lost and self._world.is_main:
-            log.warning("%s", lost)
+        if self._plan and self.position and self._world.is_main:
+            length, now = state["length"], len(self.dataset)
+            if length != now:
+                log.warning(
+                    "data.train: %d samples when the run stopped in the middle of epoch %d, %d now: the rest of this "
+                    "epoch is in another order, repeats some samples and leaves out others; the next one is whole",
+                    length,
+                    self.epoch,
+                    now,
+                )
+            elif lost := self._plan.order.restored(state["world_size"]):
+                log.warning("%s", lost)
 
     def close(self) -> None:
         """End the loader's workers."""
@@ -164,16 +187,28 @@ class Loader:
     def _fetched(self) -> Iterator[tuple[Pass, Any]]:
         if self._plan is None:
             self.close()
-            self._fetcher = Fetcher(self._stream(), None, self._options, self._seed)
-        elif self._fetcher is None:
-            dataset = SeededDataset(self._dataset, collate_of(self._options))
-            self._fetcher = Fetcher(dataset, _Fetches(self, self._plan), self._options, self._seed)
+            self._fetcher = Fetcher(self._stream(), None, self.options, self._seed)
+            return iter(self._fetcher)
+        if isinstance(self._plan.order, SampledOrder):
+            self._check_same_order(self._plan.order)
+        if self._fetcher is None:
+            dataset = SeededDataset(self.dataset, collate_of(self.options))
+            self._fetcher = Fetcher(dataset, _Fetches(self, self._plan), self.options, self._seed)
         return iter(self._fetcher)
+
+    def _check_same_order(self, order: SampledOrder) -> None:
+        """A sampler that draws on its own differs from rank to rank; their shares would not make up the whole."""
+        digests = self._ranks.exchange("order of samples", order.digest(self.epoch))
+        if odd := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+            raise UserError(
+                f"data.sampler: the order of epoch {self.epoch} on ranks {odd} is not that of rank 0. It has to be a "
+                "function of the epoch (set_epoch) or of the generators that ddpkit seeds: random, numpy.random, torch"
+            )
 
     def _stream(self) -> SeededStream:
         return SeededStream(
-            self._dataset,
-            collate_of(self._options),
+            self.dataset,
+            collate_of(self.options),
             self._world,
             self._seed,
             self._global_batch_size,

@@ -153,7 +153,7 @@ class _Loop:
             values = train_step.update()
             if self.step_scheduler is not None:
                 self.step_scheduler.step()
-            run.count(values)
+            run.count(values, train_step.recorded_weight)
             if loader.at_end:
                 return True  # saved with the work of the epoch's end
             if self._has_ended():

@@ -41,6 +41,16 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
+def release(wrapped: nn.Module) -> None:
+    """Take DDP off the process group, before the group is closed. The module inside remains of use.
+
+    DDP's reducer would otherwise hold the last reference to the group, and frees it under the GIL; the destructor
+    joins gloo's threads, and a thread that is just letting go of its last all-reduce waits for the GIL: for ever.
+    """
+    if isinstance(wrapped, DistributedDataParallel):
+        del wrapped.logger, wrapped.reducer  # the logger holds the reducer
+
+
 def settle_buckets(model: DistributedDataParallel) -> None:
     """Have DDP rebuild its gradient buckets now, not after the first real step. Collective.
 
@@ -55,7 +65,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
     module = model.module
-    model.module = _Stub(parameters)
+    model.module = _Stub(module)
     model.require_forward_param_sync = False  # there are no buffers to even out; DDP sets it again in this forward
     try:
         model().backward()
@@ -66,15 +76,26 @@ def settle_buckets(model: DistributedDataParallel) -> None:
 
 
 class _Stub(nn.Module):
-    """Uses every parameter once, with a gradient of zero."""
+    """Uses every parameter of a module once, with a gradient of zero."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._parameters_in_use = parameters  # a list: not registered, so nothing sees them twice
+        tables = (part for part in module.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag)))
+        self._sparse = {id(table.weight) for table in tables if table.sparse}
+        # A list: not registered, so nothing sees them twice.
+        self._parameters_in_use = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
     def forward(self) -> torch.Tensor:
         # Double precision: the parameters' types may differ, and sums of one type must not overflow.
-        return torch.stack([(parameter.sum() * 0).double() for parameter in self._parameters_in_use]).sum()
+        return torch.stack([self._nothing_of(parameter) for parameter in self._parameters_in_use]).sum()
+
+    def _nothing_of(self, parameter: torch.Tensor) -> torch.Tensor:
+        if id(parameter) in self._sparse:  # DDP insists on the kind of gradient that the layer will give
+            row = torch.zeros(1, dtype=torch.long, device=parameter.device)
+            parameter = nn.functional.embedding(row, parameter, sparse=True)
+        if parameter.is_complex():
+            parameter = torch.view_as_real(parameter)
+        return (parameter.sum() * 0).double()
 
 
 def share_buffers(module: nn.Module, world: World) -> None:
@@ -86,7 +107,10 @@ def share_buffers(module: nn.Module, world: World) -> None:
     if world.world_size == 1:
         return
     for buffer in _distinct(module.buffers()):
-        torch.distributed.broadcast(buffer, 0)
+        packed = buffer.contiguous()  # what a broadcast needs
+        torch.distributed.broadcast(packed, 0)
+        if packed is not buffer:
+            buffer.copy_(packed)
 
 
 def _distinct(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:

@@ -22,9 +22,9 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
         self._complained = False
-        self._torn = False
+        self._torn = self._ends_torn()
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, whole; on a full disk warn once and go on."""
@@ -42,6 +42,13 @@ class JsonLines:
         if not self._complained:
             self._complained = True
             log.warning("%s: cannot be written (%s); the run goes on without these lines", self._path, reason)
+
+    def _ends_torn(self) -> bool:
+        """Whether the process before us was cut off, or ran out of disk, within a line."""
+        if self._file.seek(0, os.SEEK_END) == 0:
+            return False
+        self._file.seek(-1, os.SEEK_END)
+        return self._file.read(1) != b"\n"
 
     def make_durable(self) -> None:
         """Have what was written survive a power cut."""

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from ddpkit import errors
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
-from ddpkit.errors import DdpkitError, SaveFailed, StopRequested, UserError
+from ddpkit.errors import EXIT_STOPPED, DdpkitError, SaveFailed, StopRequested, UserError
 from ddpkit.loader import Loader
 from ddpkit.model import unwrap
 from ddpkit.permutation import derive
@@ -62,10 +62,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Attempt:
-    """Which start of the run this is, and who started it."""
+    """Which start of the run this is, who started it, and the config it goes by."""
 
     number: int = 0
     launcher_pid: int | None = None
+    config: str | None = None
+    """Kept as config.yaml once the run stands: an attempt that never got so far must not change what the run is."""
 
 
 class Run:
@@ -105,7 +107,7 @@ class Run:
         self._stack = ExitStack()
         self._failures = 0
         self._saved: dict[str, Any] | None = None
-        self._saved_at = time.monotonic()
+        self._tried_at = time.monotonic()
         self._save_is_due = False
         self._in_epochs = False
         self._logged = (time.monotonic(), 0, 0)
@@ -129,13 +131,14 @@ class Run:
             self._on_main("leftovers", self._store.clean)
             self._check_state()
             self._restore()
+            self._on_main("config", self._store_config)
         except BaseException:
             self._stack.close()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if error is not None and not isinstance(error, SystemExit):
+        if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
             self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
         self._stack.close()
 
@@ -184,13 +187,16 @@ class Run:
         """Whether the values of the step under way will be recorded."""
         return (self.progress.step + 1) % self._log_every == 0
 
-    def count(self, values: Mapping[str, Any]) -> None:
-        """The first half of `step`: count it and record its values."""
+    def count(self, values: Mapping[str, Any], weight: float | None = None) -> None:
+        """The first half of `step`: count it and record its values.
+
+        ``weight`` is what this rank's values count for in their means; by default the samples of its last pass.
+        """
         self.progress.step += 1
         if self._loader is not None:
             self.progress.samples = self._loader.consumed
         if self.progress.step % self._log_every == 0:
-            self._record_step(values)
+            self._record_step(values, weight)
         if self._every_steps is not None and self.progress.step % self._every_steps == 0:
             self._save_is_due = True
 
@@ -236,16 +242,16 @@ class Run:
 
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
-        if self._saved == asdict(self.progress):
-            return
         self._save(must=True)
         self._recorder.event("finished", step=self.progress.step)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _record_step(self, values: Mapping[str, Any]) -> None:
+    def _record_step(self, values: Mapping[str, Any], weight: float | None) -> None:
         part = self._loader.current if self._loader is not None else None
-        means, save_now = self._means(values, 1.0 if part is None else float(part.size))
+        if weight is None:
+            weight = 1.0 if part is None else float(part.size)
+        means, save_now = self._means(values, weight)
         self._save_is_due |= save_now
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
         elapsed, steps = now - self._logged[0], step - self._logged[1]
@@ -255,8 +261,8 @@ class Run:
 
     def _means(self, values: Mapping[str, Any], weight: float) -> tuple[dict[str, float], bool]:
         """Means over ranks by samples, and whether rank zero's clock asks for a save: one all-reduce for both."""
-        late = self._every_minutes is not None and time.monotonic() - self._saved_at > self._every_minutes * 60
-        own = [float(value) * weight if weight else 0.0 for value in values.values()]
+        late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
+        own = [_number(value) * weight if weight else 0.0 for value in values.values()]
         sums = torch.tensor([weight, float(late and self._rt.is_main), *own], dtype=torch.float64)
         if self._rt.world_size > 1:
             sums = sums.to(self._rt.device)
@@ -268,7 +274,7 @@ class Run:
         self._save_is_due = False
         if self._saved == asdict(self.progress):
             return
-        started = time.monotonic()
+        started = self._tried_at = time.monotonic()
         self._recorder.make_durable()  # the lines up to this step, before the checkpoint that counts on them
         try:
             saved = self._store.save(self.progress.step, self._snapshot())
@@ -280,7 +286,7 @@ class Run:
             self._warn(f"{error}. The run goes on; older checkpoints are kept ({self._failures} failed in a row).")
             return
         self._failures = 0
-        self._saved, self._saved_at = asdict(self.progress), time.monotonic()
+        self._saved = asdict(self.progress)
         seconds = round(time.monotonic() - started, 4)
         if saved.written:
             self._recorder.event("saved", step=saved.step, bytes=saved.bytes, seconds=seconds)
@@ -358,6 +364,16 @@ class Run:
         claimant = Claimant.here(self._attempt.launcher_pid, restart_count=self._rt.world.restart_count)
         self._claim = self._stack.enter_context(acquire(self._run_dir, claimant, self._wait_for_claim_s))
 
+    def _store_config(self) -> None:
+        if self._attempt.config is None:
+            return
+        temporary = self._run_dir / ".config.yaml.tmp"  # the claim is held: nobody else writes here
+        try:
+            temporary.write_text(self._attempt.config)
+            temporary.replace(self._run_dir / "config.yaml")
+        except OSError as error:
+            raise UserError(f"{self._run_dir / 'config.yaml'}: cannot be written: {error.strerror}") from error
+
     def _fence(self) -> None:
         if self._claim is not None:
             self._claim.check()
@@ -378,6 +394,10 @@ class Run:
         if failure is not None:
             kind: type[DdpkitError] = getattr(errors, failure[0], DdpkitError)
             raise kind(failure[1])
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, torch.Tensor) else value)  # a loss as it comes: it has a graph
 
 
 def _check_objects(objects: Mapping[str, Any]) -> None:

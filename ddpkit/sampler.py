@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -122,8 +123,9 @@ class ElasticOrder:
 class SampledOrder:
     """The order that a torch ``Sampler`` of the user's yields (weighted sampling, say), the same on every rank.
 
-    The sampler draws from generators seeded by (seed, epoch), so every rank and every restart sees the same epoch;
-    a sampler with randomness of its own has to be a function of ``set_epoch``. One epoch's indices are held in memory.
+    The sampler draws from generators seeded by (seed, epoch), so every rank and every restart sees the same epoch; its
+    own ``generator``, where it has one as torch's samplers do, is seeded by (its seed, epoch). Any other randomness of
+    its own has to be a function of ``set_epoch``. One epoch's indices are held in memory.
     """
 
     def __init__(self, sampler: Sampler[Any], seed: int) -> None:
@@ -132,6 +134,9 @@ class SampledOrder:
         self._sampler = sampler
         self._length = len(sampler)
         self._seed = seed
+        generator = getattr(sampler, "generator", None)
+        self._generator = generator if isinstance(generator, torch.Generator) else None
+        self._generator_seed = self._generator.initial_seed() if self._generator else 0
         self._drawn: tuple[int, list[Any]] = (-1, [])
 
     def __len__(self) -> int:
@@ -139,18 +144,27 @@ class SampledOrder:
 
     def items(self, epoch: int, positions: np.ndarray[Any, np.dtype[np.int64]]) -> list[Any]:
         """Whatever the sampler yields at these positions."""
+        drawn = self._of(epoch)
+        return [drawn[position] for position in positions.tolist()]
+
+    def digest(self, epoch: int) -> int:
+        """A hash of an epoch's order, to compare with other ranks'."""
+        return derive(repr(self._of(epoch)))
+
+    def _of(self, epoch: int) -> list[Any]:
         if self._drawn[0] != epoch:
             _set_epoch(self._sampler, epoch)
             with host_generators_kept():
                 seed_host_generators(epoch_key(self._seed, "sampler", epoch))
+                if self._generator is not None:
+                    self._generator.manual_seed(epoch_key(self._generator_seed, "sampler", epoch))
                 self._drawn = (epoch, list(self._sampler))
             if len(self._drawn[1]) != self._length:
                 raise UserError(
                     f"data.sampler: {type(self._sampler).__name__} yielded {len(self._drawn[1])} indices in epoch "
                     f"{epoch}, but its length is {self._length}"
                 )
-        drawn = self._drawn[1]
-        return [drawn[position] for position in positions.tolist()]
+        return self._drawn[1]
 
     def restored(self, world_size_then: int) -> None:
         """Nothing is lost: the order is global, whatever the number of ranks."""

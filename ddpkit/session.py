@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch.utils.data import Sampler
 from ddpkit import evaluate as evaluation
 from ddpkit import model as models
 from ddpkit import rendezvous
-from ddpkit.agree import Ranks
-from ddpkit.errors import UserError
+from ddpkit.agree import RankFailed, Ranks, is_consequence
+from ddpkit.errors import StopRequested, UserError
 from ddpkit.fetching import LoaderOptions
 from ddpkit.loader import Loader
 from ddpkit.permutation import derive
@@ -68,14 +69,17 @@ class Runtime:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
-            if error is not None and not isinstance(error, SystemExit):
-                self._tell_failure(error)
-            else:
+            if error is None or _is_orderly(error):
                 self._leave_together()
+            else:
+                self._tell_failure(error)
         finally:
-            self._stack.close()
+            self._stack.__exit__(kind, error, trace)
+            self._server = None  # where this rank served the store, its port is free again
 
     @property
     def rank(self) -> int:
@@ -106,6 +110,7 @@ class Runtime:
             ddp: passed on to `torch.nn.parallel.DistributedDataParallel`.
         """
         wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **ddp)
+        self._stack.callback(models.release, wrapped)
         seed_generators(derive(self.seed, "rank", self.rank))
         return wrapped
 
@@ -199,17 +204,28 @@ class Runtime:
     def evaluate(
         self,
         model: nn.Module,
-        dataset: Any,
+        data: Any,
         eval_step: evaluation.EvalStep,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         metrics: Mapping[str, Any] | None = None,
         **loader: Any,
     ) -> dict[str, float]:
         """Evaluate exactly: every sample counts once, on any number of ranks. Collective.
 
-        See `ddpkit.evaluate.evaluate`.
+        Args:
+            model: wrapped or not.
+            data: a dataset, or a loader (`Runtime.loader`'s or torch's) over it: its dataset is evaluated as a whole,
+                whatever it shuffles, pads or drops.
+            eval_step: ``(model, batch) -> {name: tensor of shape (batch,)}``.
+            batch_size: samples per rank and pass; by default the loader's, or 64.
+            metrics: torchmetrics-style objects by name, instead of means; see `ddpkit.evaluate.evaluate`.
+            loader: ``num_workers`` and so on, as for `Runtime.loader`.
+
+        Raises:
+            UserError: the step returned something else, the data are empty, or the loader takes some samples only.
         """
+        dataset, batch_size, options = evaluation.source_of(data, batch_size, loader)
         return evaluation.evaluate(
             self,
             model,
@@ -217,7 +233,7 @@ class Runtime:
             eval_step,
             batch_size=batch_size,
             metrics=metrics,
-            options=LoaderOptions(**loader),
+            options=options,
         )
 
     def mean(self, values: Any, weights: Any = None) -> Any:
@@ -242,11 +258,14 @@ class Runtime:
         self.ranks.barrier(name, timeout_s if timeout_s is not None else self._timeout_s)
 
     def _connect(self) -> Store:
-        return rendezvous.connect(self.world, self._timeout_s)
+        return PrefixStore(f"runtime/{self._entry}", rendezvous.connect(self.world, self._timeout_s))
 
     def _form_group(self) -> None:
         self._server = rendezvous.host(self.world)
-        self.store = self._connect()
+        store = rendezvous.connect(self.world, self._timeout_s)
+        # A script may enter one runtime after another; what the one before left in the store must not be read.
+        self._entry = store.add(f"entered/{self.rank}", 1)
+        self.store = PrefixStore(f"runtime/{self._entry}", store)
         self.ranks = Ranks(self.world, PrefixStore("agree", self.store))
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -275,9 +294,12 @@ class Runtime:
 
     def _tell_failure(self, error: BaseException) -> None:
         try:
-            self.ranks.tell_failure(f"{type(error).__name__}: {error}")
+            rank, cause = self.ranks.tell_failure(f"{type(error).__name__}: {error}")
         except Exception as telling:  # noqa: BLE001 - the error itself matters, and the store may be what failed
             log.debug("could not tell the others: %s", telling)
+            return
+        if rank != self.rank and is_consequence(error) and not isinstance(error, RankFailed):
+            raise RankFailed(f"rank {rank} failed: {cause}") from error
 
 
 def runtime(seed: int = 0, *, backend: str = "auto", timeout_s: float = 1800.0, world: World | None = None) -> Runtime:
@@ -293,6 +315,11 @@ def runtime(seed: int = 0, *, backend: str = "auto", timeout_s: float = 1800.0, 
         UserError: the environment is half-set or contradicts itself, or there are more ranks than GPUs.
     """
     return Runtime(world or World.from_env(), seed=seed, backend=backend, timeout_s=timeout_s)
+
+
+def _is_orderly(error: BaseException) -> bool:
+    """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
+    return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, 0))
 
 
 def choose_device(world: World, backend: str) -> torch.device:

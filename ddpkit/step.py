@@ -37,6 +37,11 @@ class TrainStep:
         device: of this rank.
         precision: "fp32", "bf16" or "fp16" (with loss scaling); autocast covers the user's step.
         clip_grad_norm: the largest norm of the whole gradient; None does not clip.
+
+    Attributes:
+        scaler: of the loss, for fp16.
+        recorded_weight: what this rank's values of the last `update` count for in a mean over the ranks: its samples,
+            or the sum of the user's weights.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class TrainStep:
         self._dtype = _DTYPES.get(precision)
         self._clip_grad_norm = clip_grad_norm
         self.scaler = GradScaler(device.type, enabled=precision == "fp16")
+        self.recorded_weight = 0.0
         self._weight_sum: torch.Tensor | None = None
         self._kept: list[tuple[Pass, Any, Mapping[str, Any]]] = []
 
@@ -64,7 +70,7 @@ class TrainStep:
         """Forward and backward over one pass; gradients are reduced over the ranks in the last one. Collective."""
         with self._unsynced() if not part.is_last else nullcontext():
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-                loss, weight, values = _read(self._function(self._model, batch))
+                loss, weight, values = self._outcome(batch, part)
             factor = part.weight(self._world.world_size) if weight is None else weight
             # A factor of one, the common case, changes no bit: no operation, and the same bits as without ddpkit.
             scaled = loss if isinstance(factor, float) and factor == 1.0 else loss * factor
@@ -95,9 +101,26 @@ class TrainStep:
         self.scaler.step(self._optimizer)
         self.scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
-        values |= _means_of(self._kept)
+        means, self.recorded_weight = _means_of(self._kept)
+        values |= means
         self._kept.clear()
         return values
+
+    def _outcome(self, batch: Any, part: Pass) -> tuple[torch.Tensor, Any, Mapping[str, Any]]:
+        if part.size:
+            return _read(self._function(self._model, batch))
+        # This rank has no samples here, but takes part in the collectives of the others with a batch of length zero.
+        try:
+            loss, weight, values = _read(self._function(self._model, batch))
+        except Exception as error:
+            fits = part.batch_size - part.batch_size % self._world.world_size
+            raise UserError(
+                f"train.step: rank {self._world.rank} has no sample in a pass over a global batch of {part.batch_size} "
+                f"on {self._world.world_size} ranks, and the step cannot take a batch of length zero "
+                f"({type(error).__name__}: {error}). Choose a data.global_batch_size that the ranks divide evenly "
+                f"({fits or self._world.world_size} or {fits + self._world.world_size}, say) and drop_last: true."
+            ) from error
+        return loss, None if weight is None else 0.0, values  # whatever the step makes of nothing, it counts nothing
 
     def _unsynced(self) -> AbstractContextManager[None]:
         model = self._model
@@ -106,8 +129,8 @@ class TrainStep:
     def _divide_by_weight(self, total: torch.Tensor) -> None:
         if self._world.world_size > 1:
             torch.distributed.all_reduce(total)
-        # DDP has divided by the world size already.
-        factor = self._world.world_size / total
+        # DDP has divided by the world size already. Where nothing counts, the gradient is zero, not 0 / 0.
+        factor = torch.where(total > 0, self._world.world_size / total, 0.0)
         gradients = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
         for gradient in gradients:
             gradient.mul_(factor.to(gradient.dtype))
@@ -136,10 +159,12 @@ def _read(output: Any) -> tuple[torch.Tensor, Any, Mapping[str, Any]]:
     return loss.reshape(()), weight, values
 
 
-def _means_of(kept: list[tuple[Pass, Any, Mapping[str, Any]]]) -> dict[str, float]:
+def _means_of(kept: list[tuple[Pass, Any, Mapping[str, Any]]]) -> tuple[dict[str, float], float]:
+    """The means over this rank's passes, and the weight of all of them."""
     counted = [(part.size if weight is None else float(weight), values) for part, weight, values in kept]
     counted = [(weight, values) for weight, values in counted if weight > 0]  # an empty pass's loss is NaN
-    total = sum(weight for weight, _ in counted)
+    total = float(sum(weight for weight, _ in counted))
     if not counted:
-        return {name: 0.0 for _, _, values in kept for name in values}
-    return {name: sum(weight * float(values[name]) for weight, values in counted) / total for name in counted[0][1]}
+        return {name: 0.0 for _, _, values in kept for name in values}, 0.0
+    means = {name: sum(weight * float(values[name]) for weight, values in counted) / total for name in counted[0][1]}
+    return means, total

@@ -18,7 +18,6 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -29,6 +28,7 @@ from ddpkit.errors import DdpkitError
 from ddpkit.world import World
 
 _LOOK_S = 0.2  # how often the thread looks; a stop waits for the current unit anyway
+_ANSWER_S = 0.01  # how often it looks for the others' answers: they come within one look of theirs
 _REASON, _LAST = "stop/reason", "stop/last"
 
 
@@ -119,10 +119,18 @@ class StopVote:
         store.set(f"stop/begun/{self._world.rank}", str(begun))
         if self._world.is_main:
             keys = [f"stop/begun/{rank}" for rank in range(self._world.world_size)]
-            store.wait(keys, timedelta(days=1))
+            if not self._there(store, keys):
+                return
             store.set(_LAST, str(max(int(value) for value in store.multi_get(keys))))
-        store.wait([_LAST], timedelta(days=1))
-        self._last = int(store.get(_LAST))
+        if self._there(store, [_LAST]):
+            self._last = int(store.get(_LAST))
+
+    def _there(self, store: Store, keys: list[str]) -> bool:
+        """Wait for ``keys``; False if this rank leaves first, as others may have before the word came to them."""
+        while not store.check(keys):
+            if self._leaving.wait(_ANSWER_S):
+                return False
+        return True
 
 
 class stop_on_signals:

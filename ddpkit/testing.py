@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import cloudpickle
 
 from ddpkit import rendezvous
+from ddpkit.agree import is_consequence
 from ddpkit.errors import DdpkitError
 from ddpkit.orphans import die_with_parent
 from ddpkit.world import World, adopt
@@ -32,12 +37,21 @@ class RankDied(DdpkitError):
     """A rank ended without an answer, or did not answer in time."""
 
 
+class RankTraceback(Exception):
+    """Where in the rank it happened: the cause of what `run_ranks` raises."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
 @dataclass(frozen=True)
 class _Answer:
     rank: int
     when: float
     result: bytes = b""
     error: bytes = b""
+    traceback: str = ""
+    is_consequence: bool = False
 
 
 def run_ranks(fn: Callable[..., T], nproc: int, *args: Any, timeout_s: float = 60.0, **kwargs: Any) -> list[T]:
@@ -67,9 +81,10 @@ def run_ranks(fn: Callable[..., T], nproc: int, *args: Any, timeout_s: float = 6
     with _started(context, payload, worlds) as (processes, pipes):
         answers = _answers(processes, pipes, time.monotonic() + timeout_s)
     del store
-    failures = sorted((answer for answer in answers if answer.error), key=lambda answer: answer.when)
+    failures = [answer for answer in answers if answer.error]
     if failures:
-        raise cloudpickle.loads(failures[0].error)
+        first = min(failures, key=lambda answer: (answer.is_consequence, answer.when))
+        raise cloudpickle.loads(first.error) from RankTraceback(first.traceback)
     return [cloudpickle.loads(answer.result) for answer in answers]
 
 
@@ -97,14 +112,25 @@ def _started(
 
 
 def _rank(payload: bytes, world: World, pipe: Connection) -> None:
-    die_with_parent(os.getppid())  # the fork server, which ends with the test's process
+    die_with_parent(os.getppid())  # the fork server
+    # It does not end with the test's process: each of its children holds the pipe by which it would notice.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    # A fork server's children would take theirs (loader workers) from it too: siblings, that outlive a killed rank.
+    multiprocessing.set_start_method("fork", force=True)
     adopt({"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | world.to_env())
     try:
         fn, args, kwargs = cloudpickle.loads(payload)
         answer = _Answer(world.rank, time.monotonic(), result=cloudpickle.dumps(fn(*args, **kwargs)))
     except BaseException as error:  # noqa: BLE001 - whatever it is goes to the caller
-        answer = _Answer(world.rank, time.monotonic(), error=_pickled(error))
+        when, text = time.monotonic(), f"on rank {world.rank}:\n{traceback.format_exc()}"
+        answer = _Answer(world.rank, when, b"", _pickled(error), text, is_consequence(error))
     pipe.send(answer)
+
+
+def _end_with(parent: BaseProcess | None) -> None:
+    assert parent is not None  # it started us
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _answers(processes: list[ForkServerProcess], pipes: list[Connection], deadline: float) -> list[_Answer]:
@@ -121,7 +147,7 @@ def _answers(processes: list[ForkServerProcess], pipes: list[Connection], deadli
             except EOFError:
                 processes[rank].join(1)
                 died = RankDied(f"rank {rank} ended with exit code {processes[rank].exitcode} and no answer")
-                answers[rank] = _Answer(rank, time.monotonic(), error=cloudpickle.dumps(died))
+                answers[rank] = _Answer(rank, time.monotonic(), error=cloudpickle.dumps(died), traceback=str(died))
             if answers[rank].error and not failed:
                 failed, deadline = True, min(deadline, time.monotonic() + _LINGER_S)
         if open_pipes and time.monotonic() >= deadline:
@@ -134,6 +160,7 @@ def _answers(processes: list[ForkServerProcess], pipes: list[Connection], deadli
 def _pickled(error: BaseException) -> bytes:
     try:
         pickled: bytes = cloudpickle.dumps(error)
+        cloudpickle.loads(pickled)  # an exception with arguments of its own is often pickled well and loaded badly
     except Exception:  # noqa: BLE001 - any user type may refuse, in any way
         pickled = cloudpickle.dumps(RankDied(f"{type(error).__name__}: {error}"))
     return pickled

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 from ddpkit import factories
 from ddpkit.checkpoint.listing import checkpoints_directory
 from ddpkit.checkpoint.store import CheckpointStore
-from ddpkit.config import Config, Steps, from_tree
+from ddpkit.config import Config, Steps, dump, from_tree
 from ddpkit.config import Loader as LoaderConfig
 from ddpkit.errors import ConfigError, UserError
 from ddpkit.evaluate import evaluate
@@ -48,7 +48,7 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
     check(config, world)
     with Runtime(world, seed=config.seed, backend=config.launch.backend, timeout_s=config.launch.timeout_s) as rt:
         if kind == "run":
-            train(rt, config, Attempt(options["attempt"], options.get("launcher_pid")))
+            train(rt, config, Attempt(options["attempt"], options.get("launcher_pid"), dump(config)))
         else:
             evaluate_checkpoint(rt, config, options.get("step"))
 

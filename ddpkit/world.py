@@ -114,6 +114,8 @@ class World:
                 f"WORLD_SIZE={self.world_size} needs {name} as well: where rank 0 meets the others. "
                 "Start the ranks with a launcher (ddpkit launch, torchrun), or set it."
             )
+        if self.master_port is not None and not 0 < self.master_port < 1 << 16:
+            raise UserError(f"MASTER_PORT={self.master_port} is no port: they go from 1 to 65535")
 
     def to_env(self) -> dict[str, str]:
         """Give the variables that `from_env` reads, and that plain torch scripts expect."""

@@ -62,4 +62,8 @@ def _raise(failures: tuple[Failure, ...]) -> None:
     report = RankError(report_failure(failures, None))
     if not failures[0].exception:
         raise report
-    raise cloudpickle.loads(failures[0].exception) from report
+    try:
+        error = cloudpickle.loads(failures[0].exception)
+    except Exception:  # noqa: BLE001 - an __init__ of the type's own that wants other arguments is enough
+        raise report from None
+    raise error from report

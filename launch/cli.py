@@ -6,11 +6,12 @@ Nothing here or above imports torch: help, dry runs and refusals answer at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ddpkit.errors import EXIT_DONE, EXIT_INTERRUPTED, DdpkitError
+from ddpkit.errors import EXIT_DONE, DdpkitError
 
 from . import commands
 
@@ -20,15 +21,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()
+        return code
     except DdpkitError as error:
         print(f"ddpkit: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `ddpkit status | head`
-        sys.stderr.close()
-        return EXIT_DONE
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `ddpkit status | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes there
+            return EXIT_DONE
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+import zipfile
 from argparse import Namespace
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
 
 from ddpkit import config as configs
 from ddpkit import factories
 from ddpkit.checkpoint import claim, listing
-from ddpkit.checkpoint.manifest import Manifest
 from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 
@@ -19,7 +20,7 @@ from . import plan as plans
 from .job import Job
 from .launchers import inline, local
 from .plan import Plan
-from .status import describe, read_status, to_json
+from .status import describe, is_finished, read_status, to_json
 
 _LAUNCHERS = {"inline": inline.run, "local": local.run}
 
@@ -42,10 +43,9 @@ def run(arguments: Namespace) -> int:
             f"{holder.started_at}; wait for it, stop it, or choose another run_dir"
         )
     newest = listing.intact_newest(run_dir)
-    if newest is not None and _is_finished(config, newest):
+    if newest is not None and is_finished(config, newest):
         print(f"ddpkit: {run_dir} is finished: step {newest.step}", file=sys.stderr)
         return EXIT_DONE
-    _store_config(config, run_dir)
     return _LAUNCHERS[plan.launcher](plan)
 
 
@@ -57,6 +57,8 @@ def launch(arguments: Namespace) -> int:
     if arguments.nnodes is not None:
         overrides.append(f"launch.nnodes={arguments.nnodes}")
     settings = configs.load_launch(overrides)
+    if settings.launcher == "inline":
+        raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
     job = _script_job(arguments)
     plan = plans.make(
         settings,
@@ -68,8 +70,6 @@ def launch(arguments: Namespace) -> int:
     if arguments.dry_run:
         print(plan.describe())
         return EXIT_DONE
-    if plan.launcher == "inline":
-        raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
     return _LAUNCHERS[plan.launcher](plan)
 
 
@@ -118,7 +118,8 @@ def verify(arguments: Namespace) -> int:
         print(f"{each.path.name}: {'intact' if each.problem is None else each.problem}")
     for _, path in aside:
         print(f"{path.name}: broken, set aside earlier")
-    return EXIT_FAILED if aside or any(each.problem is not None for each in found) else EXIT_DONE
+    # Those set aside are not the run's any more; without any other, though, it has nothing that is intact.
+    return EXIT_DONE if found and all(each.problem is None for each in found) else EXIT_FAILED
 
 
 def _overrides(arguments: Namespace) -> list[str]:
@@ -149,29 +150,24 @@ def _check_references(config: Config) -> None:
 def _script_job(arguments: Namespace) -> Job:
     if arguments.module:
         name, *argv = arguments.module
+        top = name.partition(".")[0]  # looking further would import it
+        if PathFinder.find_spec(top, [str(Path.cwd())]) is None and importlib.util.find_spec(top) is None:
+            raise UserError(f"launch: there is no module {top}, in {Path.cwd()} or installed")
         return Job("module", target=name, argv=tuple(argv), search_path=(str(Path.cwd()),))
-    if not arguments.script:
+    given = arguments.script[1:] if arguments.script[:1] == ["--"] else arguments.script
+    if not given:
         raise UserError(
             "launch: nothing to launch was given: ddpkit launch [options] SCRIPT.py [ARGS...], or -m MODULE"
         )
-    script, *argv = arguments.script
+    script, *argv = given
     if script.startswith("-"):
         raise UserError(f"launch: unknown option {script}; see ddpkit launch --help")
     if not Path(script).exists():
         raise UserError(f"launch: there is no file {script} in {Path.cwd()}")
-    # What python puts first on the path: the folder that the script really lies in.
-    return Job("script", target=script, argv=tuple(argv), search_path=(str(Path(script).resolve().parent),))
-
-
-def _is_finished(config: Config, newest: Manifest) -> bool:
-    """Whether nothing is left to do, by the newest intact checkpoint alone."""
-    progress: Any = newest.progress
-    train = config.train
-    if train.max_steps is not None:
-        trained = progress["step"] >= train.max_steps
-    else:
-        trained = train.epochs is not None and progress["epoch"] >= train.epochs
-    return trained and (train.eval_step is None or progress["evaluated"] == progress["step"])
+    # What python puts first on the path: the folder that the script really lies in; a folder or an archive itself.
+    is_code = Path(script).is_file() and not zipfile.is_zipfile(script)
+    first = Path(script).resolve().parent if is_code else Path(script).absolute()
+    return Job("script", target=script, argv=tuple(argv), search_path=(str(first),))
 
 
 def _check_same_run(config: Config, run_dir: Path, accepted: list[str]) -> None:
@@ -186,24 +182,12 @@ def _check_same_run(config: Config, run_dir: Path, accepted: list[str]) -> None:
     refused = [each for each in found if not any(_covers(key, each.key) for key in accepted)]
     if refused:
         lines = "\n".join(f"  {each}" for each in refused)
+        accept = " ".join(f"--accept-change {each.key}" for each in refused)
         raise UserError(
             f"the config differs from the one that {run_dir} was started with:\n{lines}\n"
-            f"Undo the change, choose another run_dir, or accept it: --accept-change {refused[0].key}"
+            f"Undo the change, choose another run_dir, or accept it: {accept}"
         )
 
 
 def _covers(accepted: str, key: str) -> bool:
     return key == accepted or key.startswith(accepted + ".")
-
-
-def _store_config(config: Config, run_dir: Path) -> None:
-    temporary = run_dir / f".config.yaml.{os.getpid()}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(configs.dump(config))
-        temporary.replace(run_dir / "config.yaml")
-    except OSError as error:
-        raise UserError(
-            f"run_dir: {run_dir} cannot be written: {error.strerror}. Choose another one, or make room or change its "
-            "permissions."
-        ) from error

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from ddpkit.checkpoint import listing
 from ddpkit.checkpoint.store import load_model_tensors
-from ddpkit.errors import BrokenCheckpoint, UserError
+from ddpkit.checkpoint.writer import write_tensors
+from ddpkit.errors import BrokenCheckpoint, SaveFailed, UserError
 
 
 def write_model(run_dir: Path, out: Path, step: int | None) -> None:
@@ -29,18 +32,30 @@ def write_model(run_dir: Path, out: Path, step: int | None) -> None:
             f"export: {out} ends in {out.suffix or 'nothing'}; give a name that ends in .pt or .safetensors"
         )
     tensors = load_model_tensors(_checkpoint(run_dir, step))
-    temporary = out.with_name(f".{out.stem}.part{out.suffix}")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if out.suffix == ".pt":
-            torch.save(tensors, temporary)
+            _save_pt(temporary, tensors)
         else:
-            # The format refuses entries that share memory (tied weights); each gets its own.
-            save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, temporary)
+            write_tensors(temporary, tensors)  # tied weights, which have one entry in memory, get two in the file
         temporary.replace(out)
-    except OSError as error:
-        raise UserError(f"export: {out} cannot be written: {error.strerror or error}") from error
+    except (OSError, SaveFailed) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        raise UserError(f"export: {out} cannot be written: {getattr(cause, 'strerror', None) or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _save_pt(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Into an open file: given a path, torch writes its name into the content (equal models would differ).
+    with path.open("wb") as file:
+        try:
+            torch.save(tensors, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk; torch's own words are "unexpected pos"
+                raise error.__context__ from None
+            raise
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> Path:

@@ -2,11 +2,12 @@
 
 It imports torch once and forks the ranks (``warm``), or starts each anew (``spawn``). What it imports is torch and
 ddpkit, nothing of the user's; it runs no tensor operation (children of a process that ran a parallel one deadlock) and
-touches no device, not even to ask whether there is one. Its first child serves the rendezvous store, so that no rank
-owns it.
+touches no device, not even to ask whether there is one. A child of its own serves the rendezvous store of each
+attempt, so that no rank owns it.
 
 It is also the guardian: when the launcher is gone, by whatever signal, its end of the control socket closes, and all
-that was started here is ended. Ranks die with this process in turn (the kernel sees to it).
+that was started here is ended. Ranks die with this process in turn (the kernel sees to it), and the store's process
+then ends what the ranks had started.
 """
 
 from __future__ import annotations
@@ -30,47 +31,53 @@ from typing import Any
 import psutil
 
 from ddpkit import rendezvous
-from ddpkit.orphans import die_with_parent
+from ddpkit.orphans import die_with_parent, end_session, on_parents_death
 
 from . import rank as rank_process
 from .job import STOP_SIGNALS, Job, RankOrder
+from .lines import Lines
 
 _PR_SET_CHILD_SUBREAPER = 36
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
 
 
-def main(control_fd: str, listener_fd: str, start_method: str) -> int:
+def main(control_fd: str, start_method: str) -> int:
     """Serve one launcher until it says to end, or is gone."""
     control = socket.socket(fileno=int(control_fd))
-    listener = socket.socket(fileno=int(listener_fd))
     # Orphans of ranks (loader workers of plain scripts) come to this process, which can then end them.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Cluster managers signal every process of a job; the launcher alone says what a stop means. Handlers and not
+    # SIG_IGN, which a rank that is started anew would inherit through exec.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: None)
     if start_method == "warm":
+        # Nothing looks at the control socket during the import, and there is nothing yet to clean up.
+        on_parents_death(signal.SIGKILL)
         _import_once()
         gc.collect()
         gc.freeze()  # the collector would write to every object's page in every rank
-    node = _Node(control, listener, start_method)
+        on_parents_death(0)
+    me = os.getpid()
+    node = _Node(control, start_method)
     try:
         node.serve()
     finally:
-        end_descendants()
+        if os.getpid() == me:  # forked ranks leave through here too, with children that may outlive their script
+            end_descendants()
     return 0
 
 
 def _import_once() -> None:
-
     import ddpkit.worker  # noqa: F401 - the ranks' own code
 
 
 class _Node:
-    def __init__(self, control: socket.socket, listener: socket.socket, start_method: str) -> None:
+    def __init__(self, control: socket.socket, start_method: str) -> None:
         self._control = control
-        self._listener = listener
+        self._listener: socket.socket | None = None
         self._start_method = start_method
-        self._pending = b""
+        self._lines = Lines()
         self._ranks: dict[int, int] = {}  # pid -> rank
-        self._store: int | None = None
         self._parent = os.getppid()
 
     def serve(self) -> None:
@@ -93,23 +100,24 @@ class _Node:
                 return
 
     def _orders(self) -> bool:
-        data = self._control.recv(1 << 20)
+        data, descriptors, _, _ = socket.recv_fds(self._control, 1 << 20, 1)
         if not data:
             return False
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        for line in lines:
-            order = json.loads(line)
+        for descriptor in descriptors:  # for the store of the attempt that is about to start
+            self._listener = socket.socket(fileno=descriptor)
+        for order in map(json.loads, self._lines.feed(data)):
             if order["do"] == "start":
                 self._start(Job.from_json(order["job"]), [RankOrder(**each) for each in order["ranks"]])
             elif order["do"] == "signal":
                 self._signal(order["number"], order["ranks"])
-            else:
+            elif order["do"] == "end":
                 return False
         return True
 
     def _start(self, job: Job, orders: list[RankOrder]) -> None:
-        if self._store is None:
-            self._store = _fork(self._serve_store, self._control, [])
+        end_descendants()  # of an attempt before: its store, whose keys mislead plain scripts, and what ranks have left
+        assert self._listener is not None  # sent ahead
+        _fork(partial(_serve_store, self._listener), self._control, [])
         self._listener.close()
         for order in orders:
             # A rank holds only its own ends: a pipe is at its end when those who write to it are gone.
@@ -120,12 +128,6 @@ class _Node:
                 pid = _spawn(job, order)
             self._ranks[pid] = order.rank
         self._tell(started={str(rank): pid for pid, rank in self._ranks.items()})
-
-    def _serve_store(self) -> int:
-        kept = rendezvous.serve(self._listener)
-        signal.pause()  # until this process's parent dies, or the node is done with it
-        del kept
-        return 0
 
     def _signal(self, number: int, ranks: list[int]) -> None:
         for pid, rank in self._ranks.items():
@@ -149,6 +151,17 @@ class _Node:
             self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
+def _serve_store(listener: socket.socket) -> int:
+    node = os.getppid()
+    on_parents_death(signal.SIGTERM)  # blocked in this process, as in a new rank: only the wait below takes it
+    kept = rendezvous.serve(listener)
+    while os.getppid() == node:
+        signal.sigwait(STOP_SIGNALS)
+    del kept
+    end_session(node)  # the node process led it
+    return 0
+
+
 def _fork(body: Callable[[], int], control: socket.socket, others: list[int]) -> int:
     """Fork a child that runs ``body`` and ends with its result; returns the child's pid.
 
@@ -166,7 +179,10 @@ def _fork(body: Callable[[], int], control: socket.socket, others: list[int]) ->
         return pid
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # or all ranks would draw the same; Python's own does so by itself
     die_with_parent(parent)
     control.close()
     for descriptor in others:

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
+from .lines import Lines
+
+_LONGEST = 1 << 16  # bytes of a line that are held back for its end (a progress bar may never end it)
+
 
 class Output:
     """Takes what ranks write, as it comes.
@@ -24,25 +28,27 @@ class Output:
         self._log_dir = log_dir
         self._tee_all = tee_all
         self._logs: dict[int, BinaryIO | None] = {}
-        self._partial: dict[tuple[int, str], bytes] = {}
+        self._lines: dict[tuple[int, str], Lines] = {}
 
     def write(self, rank: int, stream: str, data: bytes) -> None:
         """Take what a rank wrote on "stdout" or "stderr"."""
         self.log(rank, data)
         if self._tee_all:
-            *lines, rest = (self._partial.get((rank, stream), b"") + data).split(b"\n")
-            self._partial[(rank, stream)] = rest
-            for line in lines:
-                self._show(stream, b"[rank %d] %s\n" % (rank, line))
+            lines = self._lines.setdefault((rank, stream), Lines())
+            complete = lines.feed(data)
+            if lines.pending > _LONGEST:
+                complete.append(lines.take())
+            if complete:
+                self._show(stream, b"".join(b"[rank %d] %s\n" % (rank, line) for line in complete))
         elif rank == 0:
             self._show(stream, data)
 
     def flush(self) -> None:
         """Show lines that have not been ended, and close the logs."""
-        for (rank, stream), rest in self._partial.items():
-            if rest:
-                self._show(stream, b"[rank %d] %s\n" % (rank, rest))
-        self._partial.clear()
+        for (rank, stream), lines in self._lines.items():
+            if lines.pending:
+                self._show(stream, b"[rank %d] %s\n" % (rank, lines.take()))
+        self._lines.clear()
         for log in self._logs.values():
             if log is not None:
                 log.close()
@@ -68,6 +74,11 @@ class Output:
         with contextlib.suppress(OSError, ValueError):
             target = sys.stdout if stream == "stdout" else sys.stderr
             target.flush()
+            try:
+                descriptor = target.fileno()
+            except (OSError, ValueError):  # a notebook's, a test's
+                target.write(data.decode(errors="replace"))
+                return
             view = memoryview(data)
             while view:
-                view = view[os.write(target.fileno(), view) :]
+                view = view[os.write(descriptor, view) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,16 +101,20 @@ def make(
     )
 
 
-def visible_gpus(env: dict[str, str]) -> int:
+def visible_gpus(env: Mapping[str, str], device_files: Path = Path("/dev")) -> int:
     """GPUs that ranks will see, without torch: the driver's device files, and CUDA_VISIBLE_DEVICES."""
-    devices = [entry for entry in Path("/dev").glob("nvidia[0-9]*") if entry.name[6:].isdigit()]
+    devices = [entry for entry in device_files.glob("nvidia[0-9]*") if entry.name[6:].isdigit()]
     chosen = env.get("CUDA_VISIBLE_DEVICES")
     if chosen is None or not devices:
         return len(devices)
     names = [name.strip() for name in chosen.split(",") if name.strip()]
     # CUDA stops at the first that is no device.
-    bad = next((place for place, name in enumerate(names) if name.startswith("-")), len(names))
+    bad = next((place for place, name in enumerate(names) if _is_no_device(name, len(devices))), len(names))
     return min(bad, len(devices))
+
+
+def _is_no_device(name: str, count: int) -> bool:
+    return name.startswith("-") or (name.isdigit() and int(name) >= count)
 
 
 def _ranks(launch: Launch, gpus: int, cores: int) -> int:

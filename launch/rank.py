@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import builtins
 import contextlib
+import io
 import json
 import logging
 import os
@@ -13,6 +15,8 @@ import socket
 import sys
 import time
 import traceback
+import types
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
 
@@ -36,46 +40,64 @@ def run(job: Job, order: RankOrder) -> int:
     world.adopt(order.env)
     _redirect(order)
     sys.path[0:1] = job.search_path
+    me = os.getpid()
     try:
-        result = _do(job)
-    except SystemExit as leaving:
-        return _exit_code(leaving, order)
-    except UserError as error:
-        _report_failure(order, error, EXIT_USER, with_traceback=False)
-        return EXIT_USER
-    except BaseException as error:  # noqa: BLE001 - whatever ends a rank is reported
-        _report_failure(order, error, EXIT_FAILED, with_traceback=True)
+        _do(job, order)
+    except BaseException as error:
+        if os.getpid() != me:
+            raise  # a process that the script has forked: what becomes of it is the script's own business
+        if isinstance(error, SystemExit):
+            return _exit_code(error, order)
+        if isinstance(error, UserError):
+            _report_failure(order, error, EXIT_USER, with_traceback=False)
+            return EXIT_USER
+        _report_failure(order, error, EXIT_FAILED, with_traceback=True, with_exception=job.kind == "call")
         return EXIT_FAILED
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-    if job.kind == "call":
-        _report(order, {"result": base64.b64encode(cloudpickle.dumps(result)).decode()})
     return EXIT_DONE
 
 
-def _do(job: Job) -> Any:
+def _do(job: Job, order: RankOrder) -> None:
     if job.kind in ("run", "eval"):
         from ddpkit import worker  # with torch; a script may not want it
 
         _show_log()
         worker.work(job.kind, job.config, job.options)  # lets the stop signals through when it can stop
-        return None
+        return
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if job.kind == "script":
-        sys.argv = [job.target, *job.argv]
-        runpy.run_path(job.target, run_name="__main__")
-    elif job.kind == "module":
-        sys.argv = [
-            job.target,
-            *job.argv,
-        ]  # run_module replaces the first by the module's file, as python -m does
-        runpy.run_module(job.target, run_name="__main__", alter_sys=True)
-    else:
+    if job.kind == "call":
         function, args, kwargs = cloudpickle.loads(job.call)
-        return function(*args, **kwargs)
-    return None
+        result = cloudpickle.dumps(function(*args, **kwargs))
+        _report(order, {"result": base64.b64encode(result).decode()})
+    else:
+        _run_as_main(job)
+
+
+def _run_as_main(job: Job) -> None:
+    """Run a script or a module as ``python`` does: in a ``__main__`` of its own that stays until the process ends.
+
+    (The public functions of runpy put the old one back at the end, under the feet of the script's threads and atexit
+    functions.)
+    """
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __annotations__={})
+    sys.modules["__main__"] = main
+    if "__mp_main__" in sys.modules:  # by this name multiprocessing's children know it; bound on its import, long ago
+        sys.modules["__mp_main__"] = main
+    sys.argv = [job.target, *job.argv]
+    path = os.path.abspath(job.target)  # noqa: PTH100 - as python does: without resolving links
+    if job.kind == "module":
+        runpy._run_module_as_main(job.target)  # type: ignore[attr-defined]  # private; it is what `python -m` calls
+    elif sys.path[0] == path:  # a folder or an archive with a __main__.py in it
+        runpy._run_module_as_main("__main__", alter_argv=False)  # type: ignore[attr-defined]  # as above
+    else:
+        main.__dict__.update(__file__=path, __cached__=None, __loader__=SourceFileLoader("__main__", path))
+        with io.open_code(path) as file:
+            code = compile(file.read(), path, "exec", dont_inherit=True)
+        exec(code, main.__dict__)
 
 
 def _redirect(order: RankOrder) -> None:
@@ -105,13 +127,15 @@ def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
     return EXIT_FAILED
 
 
-def _report_failure(order: RankOrder, error: BaseException, exit_code: int, with_traceback: bool) -> None:
+def _report_failure(
+    order: RankOrder, error: BaseException, exit_code: int, with_traceback: bool, with_exception: bool = False
+) -> None:
     when = time.monotonic()  # first of all: the order of failures is the order of causes
     text = "".join(traceback.format_exception(_without_our_frames(error))) if with_traceback else ""
-    try:
-        exception = cloudpickle.dumps(error)
-    except Exception:  # noqa: BLE001 - any user type may refuse to be pickled, in any way
-        exception = b""
+    exception = b""
+    if with_exception:
+        with contextlib.suppress(Exception):  # any user type may refuse to be pickled, in any way
+            exception = cloudpickle.dumps(error)
     failure = Failure(
         rank=order.rank,
         host=socket.gethostname(),
@@ -132,7 +156,8 @@ def _without_our_frames(error: BaseException) -> BaseException:
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename in outside:
         trace = trace.tb_next
-    return error.with_traceback(trace) if trace is not None else error
+    # A script that cannot even be compiled has no frame: the error itself shows the line.
+    return error.with_traceback(trace) if trace is not None or isinstance(error, SyntaxError) else error
 
 
 def _report(order: RankOrder, message: dict[str, Any]) -> None:

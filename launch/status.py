@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ddpkit import config as configs
 from ddpkit.checkpoint import claim, listing
-from ddpkit.errors import BrokenCheckpoint, UserError
+from ddpkit.checkpoint.manifest import Manifest
+from ddpkit.config import Config
+from ddpkit.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, BrokenCheckpoint, UserError
 
 _TAIL = 1 << 16  # bytes of metrics.jsonl that hold the newest lines
 
@@ -21,7 +24,8 @@ class Status:
 
     Attributes:
         run_dir: of the run.
-        state: "running", "finished", "stopped", "failed" or "not started".
+        state: "running", "starting", "finished", "stopped", "failed", "interrupted" (killed, or its launcher was) or
+            "not started".
         step: optimizer steps recorded.
         saved_step: of the newest intact checkpoint; None without one.
         epoch: the epoch under way.
@@ -56,9 +60,10 @@ def read_status(run_dir: Path) -> Status:
     Raises:
         UserError: there is no run in it.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: there is no config.yaml in it; `ddpkit run` makes a run directory")
-    config = configs.load(run_dir / "config.yaml")
+    attempts = _attempts(run_dir)
+    config = configs.load(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
+    if config is None and not attempts:
+        raise UserError(f"{run_dir}: there is no run in it; `ddpkit run` makes a run directory")
     metrics = _newest_metrics(run_dir / "metrics.jsonl")
     checkpoints = {each.step: each.problem or "intact" for each in listing.listing(run_dir)}
     try:
@@ -67,15 +72,15 @@ def read_status(run_dir: Path) -> Status:
         newest = None
     progress: dict[str, Any] = dict(newest.progress) if newest is not None else {}
     last = max(metrics.values(), key=lambda line: int(line["step"]), default=progress)
-    attempts = _attempts(run_dir)
     running = claim.holder(run_dir, claim.Claimant.here()) is not None
     step = max(int(last.get("step", 0)), int(progress.get("step", 0)))
     rate = metrics.get("train", {}).get("time", {})
-    max_steps = config.train.max_steps
+    max_steps = config.train.max_steps if config is not None else None
+    finished = config is not None and newest is not None and is_finished(config, newest)
     eta = (max_steps - step) * rate["step_s"] if max_steps is not None and "step_s" in rate else None
     return Status(
         run_dir=str(run_dir),
-        state="running" if running else _state(attempts),
+        state="running" if running else "finished" if finished else _state(attempts),
         step=step,
         saved_step=newest.step if newest is not None else None,
         epoch=int(last.get("epoch", 0)),
@@ -120,11 +125,26 @@ def describe(status: Status) -> str:
     return "\n".join(lines)
 
 
+def is_finished(config: Config, newest: Manifest) -> bool:
+    """Whether nothing is left to do, by the newest intact checkpoint alone."""
+    progress: Any = newest.progress
+    train = config.train
+    if train.max_steps is not None:
+        trained = progress["step"] >= train.max_steps
+    else:
+        trained = train.epochs is not None and progress["epoch"] >= train.epochs
+    return trained and (train.eval_step is None or progress["evaluated"] == progress["step"])
+
+
 def _state(attempts: list[dict[str, Any]]) -> str:
+    """How the last attempt ended, of a run that nobody holds and that has not reached its end."""
     if not attempts:
         return "not started"
-    code = attempts[-1].get("exit_code")
-    return {None: "interrupted", 0: "finished", 75: "stopped", 130: "stopped"}.get(code, "failed")
+    last = attempts[-1]
+    if "exit_code" not in last:
+        here = last.get("host") == socket.gethostname()
+        return "starting" if here and Path(f"/proc/{last.get('pid')}").exists() else "interrupted"
+    return "stopped" if last["exit_code"] in (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED) else "failed"
 
 
 def _newest_metrics(path: Path) -> dict[str, dict[str, Any]]:

@@ -23,15 +23,18 @@ from typing import Any
 
 import cloudpickle
 
-from ddpkit import rendezvous, world
+from ddpkit import orphans, rendezvous, world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
 from ddpkit.world import World
 
-from .job import Failure, Job, RankOrder
+from .job import STOP_SIGNALS, Failure, Job, RankOrder
+from .lines import Lines
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
 _END_S = 5.0  # for the node process to end everything and itself
+_END_NOW_S = 0.5  # the same after a second Ctrl-C; it may be deep in an import
+_PIECE = 1 << 20  # bytes read at a time: all that a pipe holds
 
 
 class LaunchFailed(DdpkitError):
@@ -47,12 +50,14 @@ class Outcome:
         failures: of all ranks that failed, the cause first.
         results: what each rank's call returned, by rank ("call" jobs).
         stopped_by: the name of the signal that asked for the end, if one did.
+        is_saved: the ranks have agreed on the stop, and saved their state.
     """
 
     exit_code: int
     failures: tuple[Failure, ...] = ()
     results: tuple[Any, ...] = ()
     stopped_by: str | None = None
+    is_saved: bool = False
 
 
 @dataclass
@@ -62,10 +67,10 @@ class _Rank:
     readers: dict[str, int]
     ended: int | None = None
     when: float = 0.0
-    report: bytes = b""
+    report: Lines = field(default_factory=Lines)
     failure: Failure | None = None
     result: Any = None
-    pending: list[str] = field(default_factory=list)
+    was_ended: bool = False
 
 
 class Node:
@@ -86,17 +91,17 @@ class Node:
         self._env = dict(env)
         self._tick = tick
         self._selector = selectors.DefaultSelector()
-        self._pending = b""
+        self._lines = Lines()
         self._requested: str | None = None
         self._requests: list[int] = []
         self._woken, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
         self._ranks: list[_Rank] = []
         self._lost = False
+        self.ends_now = False
         self.pids: dict[int, int] = {}
 
     def __enter__(self) -> Node:
-        listener = rendezvous.listen()
-        self._port = listener.getsockname()[1]
         self._control, theirs = socket.socketpair()
         self._ranks = [_with_pipes(rank) for rank in range(self._nproc)]
         ends = [fd for rank in self._ranks for fd in (rank.order.stdout, rank.order.stderr, rank.order.report)]
@@ -105,16 +110,15 @@ class Node:
                 sys.executable,
                 str(Path(__file__).with_name("child.py")),
                 "node",
-                *(str(theirs.fileno()), str(listener.fileno()), self._start_method),
+                *(str(theirs.fileno()), self._start_method),
             ],
-            pass_fds=[theirs.fileno(), listener.fileno(), *ends],
+            pass_fds=[theirs.fileno(), *ends],
             env=world.environment() | self._env,
             stdin=subprocess.DEVNULL,
             # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
             start_new_session=True,
         )
         theirs.close()
-        listener.close()
         for fd in ends:
             os.close(fd)
         self._selector.register(self._control, selectors.EVENT_READ, None)
@@ -133,11 +137,11 @@ class Node:
         with contextlib.suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)
         try:
-            self._process.wait(_END_S)
+            self._process.wait(_END_NOW_S if self.ends_now else _END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        _end_session(self._process.pid)
+        orphans.end_session(self._process.pid)  # what is left, should that process itself have been killed
         self._selector.close()
         self._control.close()
         for rank in self._ranks:
@@ -149,18 +153,20 @@ class Node:
     def request(self, number: int) -> None:
         """Pass a stop signal on to every rank; a second Ctrl-C ends them at once. Safe in a signal handler."""
         self._requests.append(number)
-        os.write(self._wake, b"!")
+        with contextlib.suppress(BlockingIOError):  # it is full of earlier ones
+            os.write(self._wake, b"!")
 
     def run(self, job: Job, restart_count: int, output: Output) -> Outcome:
         """Start the ranks, and return when the last one has ended."""
         for rank in self._ranks:
-            rank.ended, rank.report, rank.failure, rank.result = None, b"", None, None
-        orders = [vars(rank.order) | {"env": self._rank_env(rank.rank, restart_count)} for rank in self._ranks]
-        self._send(do="start", job=job.to_json(), ranks=orders)
+            rank.ended, rank.report, rank.failure, rank.result, rank.was_ended = None, Lines(), None, None, False
+            output.log(rank.rank, b"")  # also of a rank that will never say a word
+        with contextlib.suppress(ConnectionError):  # the node process has died; the loop below is told
+            self._start(job, restart_count)
         if self._requested is not None:  # before a restart
             self._signal_all(getattr(signal, self._requested))
         deadline: float | None = None
-        while any(rank.ended is None for rank in self._ranks) and not self._lost:
+        while any(rank.ended is None for rank in self._ranks) and not (self._lost or self.ends_now):
             for key, _ in self._selector.select(timeout=0.2 if deadline else 1.0):
                 if key.fileobj is self._control:
                     self._hear()
@@ -176,13 +182,24 @@ class Node:
             if deadline is not None and time.monotonic() > deadline:
                 # One that lingers after its error delays its neighbours as long; one in a collective never ends.
                 self._signal_all(signal.SIGKILL)
+                for rank in self._ranks:
+                    rank.was_ended = rank.was_ended or rank.ended is None
         for rank in self._ranks:
             for name in rank.readers:
                 self._read(rank, name, output)
         output.flush()
         return self._outcome()
 
+    def _start(self, job: Job, restart_count: int) -> None:
+        with rendezvous.listen() as listener:  # held from here on: no other process can take the port
+            port = listener.getsockname()[1]
+            socket.send_fds(self._control, [b'{"do": "listen"}\n'], [listener.fileno()])
+        orders = [vars(rank.order) | {"env": self._rank_env(rank.rank, port, restart_count)} for rank in self._ranks]
+        self._send(do="start", job=job.to_json(), ranks=orders)
+
     def _outcome(self) -> Outcome:
+        if self.ends_now:
+            return Outcome(EXIT_INTERRUPTED, stopped_by=self._requested)
         if self._lost:
             status = self._process.wait(_END_S)
             raise LaunchFailed(
@@ -190,33 +207,32 @@ class Node:
                 "they did; they were ended with it. Run it again to continue."
             )
         failures = order_by_cause([self._failure_of(rank) for rank in self._ranks if _failed(rank)])
-        codes = {rank.ended for rank in self._ranks}
         interrupted = self._requested == "SIGINT"
-        if EXIT_STOPPED in codes and not failures:
+        if failures:
+            if self._requested is not None and _died_of(failures[0], self._requested):
+                failures = ()  # a plain script, which ends by the signal as it would without us
+            code = EXIT_USER if failures and failures[0].is_users_input else EXIT_FAILED
+            return Outcome(EXIT_INTERRUPTED if interrupted else code, failures, stopped_by=self._requested)
+        if any(rank.ended == EXIT_STOPPED for rank in self._ranks):
             code = EXIT_INTERRUPTED if interrupted else EXIT_STOPPED
-        elif failures and self._requested is not None and all(_died_of(rank, self._requested) for rank in self._ranks):
-            # A plain script, which ends by the signal as it would without us.
-            return Outcome(EXIT_INTERRUPTED if interrupted else EXIT_FAILED, failures, stopped_by=self._requested)
-        elif failures:
-            code = EXIT_USER if failures[0].is_users_input else EXIT_FAILED
-        else:
-            code = EXIT_DONE
-        return Outcome(code, failures, tuple(rank.result for rank in self._ranks), self._requested)
+            return Outcome(code, stopped_by=self._requested, is_saved=True)
+        return Outcome(EXIT_DONE, (), tuple(rank.result for rank in self._ranks), self._requested)
 
     def _failure_of(self, rank: _Rank) -> Failure:
         assert rank.ended is not None  # all have
         if rank.failure is not None:
             return rank.failure
-        return Failure(rank.rank, socket.gethostname(), rank.when, rank.ended, message=explain(rank.ended))
+        how = "ended by the launcher, as it did not end by itself" if rank.was_ended else explain(rank.ended)
+        return Failure(rank.rank, socket.gethostname(), rank.when, rank.ended, message=how)
 
-    def _rank_env(self, rank: int, restart_count: int) -> dict[str, str]:
+    def _rank_env(self, rank: int, port: int, restart_count: int) -> dict[str, str]:
         one = World(
             rank=rank,
             world_size=self._nproc,
             local_rank=rank,
             local_world_size=self._nproc,
             master_addr="127.0.0.1",
-            master_port=self._port,
+            master_port=port,
             agent_store=True,
             restart_count=restart_count,
         )
@@ -226,10 +242,10 @@ class Node:
         os.read(self._woken, 4096)
         while self._requests:
             number = self._requests.pop(0)
-            if self._requested is not None and number == signal.SIGINT:
-                number = signal.SIGKILL
-            else:
-                self._requested = self._requested or signal.Signals(number).name
+            self.ends_now = self._requested is not None and number == signal.SIGINT
+            if self.ends_now:
+                return
+            self._requested = self._requested or signal.Signals(number).name
             self._signal_all(number)
 
     def _hear(self) -> None:
@@ -240,8 +256,7 @@ class Node:
         if not data:
             self._lost = True
             return
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        for message in map(json.loads, lines):
+        for message in map(json.loads, self._lines.feed(data)):
             if "started" in message:
                 self.pids = {int(rank): pid for rank, pid in message["started"].items()}
             elif "ended" in message:
@@ -249,23 +264,21 @@ class Node:
                 rank.ended, rank.when = message["status"], message["when"]
 
     def _read(self, rank: _Rank, name: str, output: Output) -> None:
-        while True:
-            try:
-                data = os.read(rank.readers[name], 1 << 16)
-            except BlockingIOError:
-                return
-            if not data:
-                with contextlib.suppress(KeyError):
-                    self._selector.unregister(rank.readers[name])
-                return
-            if name == "report":
-                self._take_report(rank, data, output)
-            else:
-                output.write(rank.rank, name, data)
+        # Once, not until there is nothing: one that never stops writing must not hold up signals and failures.
+        try:
+            data = os.read(rank.readers[name], _PIECE)
+        except BlockingIOError:
+            return
+        if not data:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(rank.readers[name])
+        elif name == "report":
+            self._take_report(rank, data, output)
+        else:
+            output.write(rank.rank, name, data)
 
     def _take_report(self, rank: _Rank, data: bytes, output: Output) -> None:
-        *lines, rank.report = (rank.report + data).split(b"\n")
-        for message in map(json.loads, lines):
+        for message in map(json.loads, rank.report.feed(data)):
             if "failure" in message:
                 rank.failure = Failure.from_json(message["failure"])
                 # Not printed by the rank: the console shows the report, with the traceback once.
@@ -285,17 +298,17 @@ class Node:
 @contextlib.contextmanager
 def passing_on_signals(node: Node) -> Iterator[None]:
     """Pass SIGINT and SIGTERM on to the ranks for as long as the context lasts; for command lines."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
     # Also where SIGINT was ignored on start (a script's background job): then it stays so.
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, lambda received, _frame: node.request(received))
     try:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # After a second Ctrl-C the clean-up that follows is not for a third one to garble.
+            signal.signal(number, signal.SIG_IGN if node.ends_now else handler)
 
 
 def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
@@ -325,6 +338,8 @@ def explain(status: int) -> str:
     """An exit status in words; negative ones are signals."""
     if status >= 0:
         return f"exit code {status}"
+    if -status not in set(signal.Signals):  # a real-time one
+        return f"signal {-status}"
     name = signal.Signals(-status).name
     meaning = {
         "SIGKILL": "killed from outside: by an administrator, another process, or the kernel when memory ran out",
@@ -341,21 +356,11 @@ def _failed(rank: _Rank) -> bool:
     return rank.failure is not None or rank.ended not in (None, EXIT_DONE, EXIT_STOPPED)
 
 
-def _died_of(rank: _Rank, name: str) -> bool:
-    ended_by = rank.failure.kind if rank.failure is not None else ""
-    return rank.ended in (EXIT_DONE, -getattr(signal, name)) or (name == "SIGINT" and ended_by == "KeyboardInterrupt")
+def _died_of(failure: Failure, name: str) -> bool:
+    return failure.exit_code == -getattr(signal, name) or (name == "SIGINT" and failure.kind == "KeyboardInterrupt")
 
 
 def _with_pipes(rank: int) -> _Rank:
     pipes = {name: os.pipe() for name in ("stdout", "stderr", "report")}
     writers = {name: pipe[1] for name, pipe in pipes.items()}
     return _Rank(rank, RankOrder(rank, {}, **writers), {name: pipe[0] for name, pipe in pipes.items()})
-
-
-def _end_session(session: int) -> None:
-    """SIGKILL what is left of the node process's session, should that process itself have been killed."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), signal.SIGKILL)

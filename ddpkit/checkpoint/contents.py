@@ -98,15 +98,17 @@ def write(part: Part, directory: Path) -> tuple[FileProof, ...]:
     return tuple(write_tensors(directory / name, tensors) for name, tensors in part.files.items())
 
 
-def commit(content: Manifest, temporary: Path, target: Path, fence: Callable[[], None]) -> None:
+def commit(
+    content: Manifest, temporary: Path, target: Path, fence: Callable[[], None], *, replace: bool = False
+) -> None:
     """Turn the directory all ranks have written to into the checkpoint ``target``, durably, by one rename.
 
     ``fence`` raises if this process may not write any more. It is asked last, and that suffices: whoever
     takes the run over first changes the claim, then renames every temporary directory away, then looks for
     checkpoints. So either this rename came before that look, or there is nothing left here to rename.
-    An older checkpoint of the same step is moved away just before; a kill in between is what `undo_replacements`
-    is for. Raises SaveFailed, also when another writer has just committed this step; then its checkpoint stays
-    untouched.
+    With ``replace`` the checkpoint of the same step that was there when the save began is moved away just before;
+    a kill in between is what `undo_replacements` is for. One that has come since is another writer's.
+    Raises SaveFailed, also when another writer has just committed this step; then its checkpoint stays untouched.
     """
     data = manifest.to_bytes(content)
     replaced = target.with_name(f".{target.name}{_REPLACED}")
@@ -114,7 +116,7 @@ def commit(content: Manifest, temporary: Path, target: Path, fence: Callable[[],
         write_bytes(temporary / manifest.NAME, data)
         fsync_directory(temporary)
         fence()
-        if target.exists():
+        if replace:
             target.rename(replaced)
         # Onto a directory that is not empty this fails: the second of two writers loses.
         temporary.rename(target)

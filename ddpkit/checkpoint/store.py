@@ -87,13 +87,13 @@ class CheckpointStore:
         part = self._take(snapshot)
         target = self._directory / listing.step_name(step)
         begin = partial(self._begin, step, target, snapshot.progress)
-        name = self._from_main("save/begin", begin, SaveFailed)
-        if name is None:
+        begun = self._from_main("save/begin", begin, SaveFailed)
+        if begun is None:
             return SaveResult(step, target, _size(manifest.read(target)), written=False)
-        temporary = self._directory / name
+        temporary = self._directory / begun["name"]
         try:
             content = self._write(step, snapshot.progress, part, temporary)
-            commit = partial(contents.commit, content, temporary, target, self._fence)
+            commit = partial(contents.commit, content, temporary, target, self._fence, replace=begun["replaces"])
             self._from_main("save/commit", commit, SaveFailed)
         except BaseException:
             if self._is_main:
@@ -141,9 +141,13 @@ class CheckpointStore:
             )
         return part
 
-    def _begin(self, step: int, target: Path, progress: dict[str, Json]) -> str | None:
-        """Make the directory to write into; None if the step is there already, intact and as far."""
+    def _begin(self, step: int, target: Path, progress: dict[str, Json]) -> Json:
+        """Make the directory to write into, and say whether the checkpoint replaces one of an earlier progress.
+
+        None if the step is there already, intact and as far.
+        """
         self._fence()
+        replaces = False
         if target.exists() or target.is_symlink():
             try:
                 found = listing.verified(target, step)
@@ -153,6 +157,7 @@ class CheckpointStore:
                 self._known_good.add(step)
                 if found.progress == progress:
                     return None
+                replaces = True
         temporary = self._directory / f".{target.name}.{uuid.uuid4().hex}.tmp"
         try:
             if not self._directory.is_dir():
@@ -161,7 +166,7 @@ class CheckpointStore:
             temporary.mkdir()
         except OSError as error:
             raise_save_failed(temporary, 0, error)
-        return temporary.name
+        return {"name": temporary.name, "replaces": replaces}
 
     def _write(self, step: int, progress: dict[str, Json], part: Part, temporary: Path) -> Manifest:
         """All ranks' parts; the manifest is whole on rank zero alone."""

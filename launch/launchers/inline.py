@@ -6,7 +6,7 @@ import logging
 import sys
 
 from ddpkit import world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, StopRequested
 
 from ..attempts import begin
 from ..plan import Plan
@@ -26,6 +26,8 @@ def run(plan: Plan) -> int:
         worker.work(plan.job.kind, plan.job.config, options)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else EXIT_FAILED
+        if isinstance(leaving, StopRequested) and leaving.reason == "SIGINT":
+            code = EXIT_INTERRUPTED
         if attempt is not None:
             attempt.end("stopped on request", code)
         return code

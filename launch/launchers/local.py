@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 
 from ..attempts import AttemptFile, begin, report_failure
 from ..output import Output
@@ -18,10 +19,21 @@ from ..supervise import LaunchFailed, Node, Outcome, passing_on_signals
 
 def run(plan: Plan) -> int:
     """Start the ranks, restart them as often as the plan allows, and give the exit code."""
+    if plan.run_dir is not None:
+        return _run(plan, plan.run_dir)
+    # No records were asked for; only the report of a failure refers to the ranks' output.
+    run_dir = Path(tempfile.mkdtemp(prefix="ddpkit-"))
+    code = EXIT_DONE
+    try:
+        code = _run(plan, run_dir)
+    finally:
+        if code != EXIT_FAILED:
+            shutil.rmtree(run_dir, ignore_errors=True)
+    return code
+
+
+def _run(plan: Plan, run_dir: Path) -> int:
     with ExitStack() as stack:
-        run_dir = plan.run_dir
-        if run_dir is None:  # a plain script that asked for no records: its ranks' output is kept until it ends well
-            run_dir = Path(tempfile.mkdtemp(prefix="ddpkit-"))
         attempt = begin(run_dir, "local", plan.nproc, plan.command)
         node = stack.enter_context(Node(plan.nproc, plan.start_method, plan.env))
         stack.enter_context(passing_on_signals(node))
@@ -47,12 +59,13 @@ def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -
         attempt.end(str(error), EXIT_FAILED)
         _say(str(error))
         return None
-    attempt.end(_how(outcome), outcome.exit_code)
+    how = _how(outcome)
+    attempt.end(how, outcome.exit_code)
     if outcome.failures:
         first = outcome.failures[0]
         _say(first.message if first.is_users_input else report_failure(outcome.failures, attempt))
-    elif outcome.exit_code in (EXIT_STOPPED, EXIT_INTERRUPTED):
-        _say("stopped on request, state saved; run it again to continue")
+    elif outcome.exit_code != EXIT_DONE:
+        _say(f"{how}, state saved; run it again to continue" if outcome.is_saved else how)
     return outcome
 
 
@@ -60,7 +73,10 @@ def _how(outcome: Outcome) -> str:
     if outcome.failures:
         first = outcome.failures[0]
         return f"rank {first.rank} failed: {first.kind or ''} {first.message}".replace(":  ", ": ")
-    return "done" if outcome.exit_code == EXIT_DONE else f"stopped on request ({outcome.stopped_by})"
+    if outcome.exit_code == EXIT_DONE:
+        return "done"
+    by = f" ({outcome.stopped_by})" if outcome.stopped_by else ""  # a script may stop by itself
+    return f"stopped on request{by}" if outcome.is_saved else f"ended by {outcome.stopped_by}"
 
 
 def _say(text: str) -> None:

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import ddpkit
 from ddpkit.batchnorm import convert_sync_batchnorm, revert_sync_batchnorm
 from ddpkit.errors import UserError
+from ddpkit.testing import run_ranks
 
 Result = dict[str, Any]
 
@@ -288,39 +286,16 @@ ON_RANKS = (
 )
 
 
-def work(rank: int, ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=30),  # should one rank fail, the others end too
-    )
-    result: Result = {name: on_a_rank(case) for name, case in CASES.items()}
-    result.update({function.__name__: function() for function in ON_RANKS})
-    torch.save(result, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+def work() -> Result:
+    with ddpkit.runtime(timeout_s=30):
+        result: Result = {name: on_a_rank(case) for name, case in CASES.items()}
+        return result | {function.__name__: function() for function in ON_RANKS}
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
-    """What `work` left on each rank. All cases share one group of ranks, as starting ranks takes seconds."""
-    ranks, folder = int(request.param), tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, ranks, folder)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 90
-    try:
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        assert [process.exitcode for process in processes] == [0] * ranks
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+def results(request: pytest.FixtureRequest) -> list[Result]:
+    """What `work` gave on each rank. All cases share one group of ranks, as starting ranks takes a while."""
+    return run_ranks(work, int(request.param), timeout_s=90)
 
 
 # One process.

@@ -1,0 +1,99 @@
+"""Plans: what would be started, as a value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ddpkit import config as configs
+from ddpkit.errors import UserError
+from launch import plan as plans
+from launch.job import Failure, Job
+from launch.plan import Plan, visible_gpus
+from launch.supervise import explain, order_by_cause
+
+
+def _plan(*overrides: str, env: dict[str, str], gpus: int = 0, cores: int = 8, job: Job | None = None) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpkit.world.environment", lambda: env)
+        patch.setattr(plans, "visible_gpus", lambda _: gpus)
+        patch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+        return plans.make(
+            configs.load_launch(overrides),
+            job or Job("script", target="train.py", argv=("--lr", "1")),
+            run_dir=Path("runs/x"),
+            tee_all=False,
+            command=("ddpkit", "launch"),
+            deterministic=True,
+            global_batch_size=16,
+        )
+
+
+def test_golden_plans() -> None:
+    assert _plan(env={}).describe() == (
+        "launcher: local\nranks: 4\nstart_method: warm\nmax_restarts: 0\njob: script train.py\n"
+        "env: GLOO_SOCKET_IFNAME=lo\nenv: NCCL_SOCKET_IFNAME=lo\nenv: OMP_NUM_THREADS=2"
+    )
+    chosen = ("launch.nproc_per_node=3", "launch.start_method=spawn", "launch.max_restarts=2")
+    assert _plan(*chosen, env={"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "eth0"}).describe() == (
+        "launcher: local\nranks: 3\nstart_method: spawn\nmax_restarts: 2\njob: script train.py\n"
+        "env: NCCL_SOCKET_IFNAME=lo"
+    )
+    assert _plan(env={}, gpus=2, job=Job("run")).describe() == (
+        "launcher: local\nranks: 2\nstart_method: warm\nmax_restarts: 0\njob: run runs/x\n"
+        "env: CUBLAS_WORKSPACE_CONFIG=:4096:8\nenv: GLOO_SOCKET_IFNAME=lo\nenv: NCCL_SOCKET_IFNAME=lo\n"
+        "env: OMP_NUM_THREADS=4"
+    )
+    assert _plan("launch.launcher=inline", env={}, cores=3).describe().startswith("launcher: inline\nranks: 1\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "words"),
+    [
+        (("launch.nproc_per_node=3",), 2, "launch.nproc_per_node: 3 ranks, but this machine has 2 GPU(s)"),
+        (("launch.backend=nccl",), 0, "launch.backend: nccl needs GPUs"),
+        (("launch.nproc_per_node=17",), 0, "data.global_batch_size: 16 samples cannot be split over 17 ranks"),
+        (("launch.launcher=inline", "launch.nproc_per_node=2"), 0, "launch.nproc_per_node: 2 ranks, but the inline"),
+    ],
+)
+def test_refusals(overrides: tuple[str, ...], gpus: int, words: str) -> None:
+    with pytest.raises(UserError, match="^" + words.replace("(", r"\(").replace(")", r"\)")):
+        _plan(*overrides, env={}, gpus=gpus)
+
+
+def test_more_ranks_than_gpus_are_fine_on_the_cpu() -> None:
+    assert _plan("launch.nproc_per_node=3", "launch.backend=gloo", env={}, gpus=2).nproc == 3
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        *((None, 3), ("", 0), ("0", 1), ("2,0", 2), ("0,1,2,3", 3), ("1,-1,2", 1), ("-1", 0), ("7,0", 0), ("0,7", 1)),
+        ("GPU-aa,GPU-bb", 2),
+    ],
+)
+def test_visible_gpus(tmp_path: Path, chosen: str | None, count: int) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm", "nvidia-caps", "null"):
+        (tmp_path / name).touch()
+    env = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
+    assert visible_gpus(env, tmp_path) == count
+    assert visible_gpus(env, tmp_path / "none") == 0
+
+
+def test_causes_come_before_consequences() -> None:
+    failures = [
+        Failure(0, "h", 1.0, 1, "RuntimeError", "[gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]:1"),
+        Failure(1, "h", 1.1, 1, "RankFailed", "rank 3 failed: ValueError: x"),
+        Failure(2, "h", 1.3, 1, "RuntimeError", "of the user's own"),
+        Failure(3, "h", 1.2, -9, message="SIGKILL"),
+        Failure(4, "h", 1.0, 1, "DistBackendError", "NCCL error in ..."),
+    ]
+    assert [failure.rank for failure in order_by_cause(failures)] == [3, 2, 0, 4, 1]
+
+
+def test_exit_statuses_in_words() -> None:
+    assert explain(7) == "exit code 7"
+    assert explain(-9).startswith("SIGKILL (killed from outside")
+    assert explain(-15) == "SIGTERM"
+    assert explain(-41) == "signal 41"
