@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch.distributed has them from, with types
 from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
@@ -55,6 +55,7 @@ class Runtime:
         self._timeout_s = timeout_s
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
+        self._server: TCPStore | None = None
         self.ranks: Ranks
         self.stop: StopVote
 
