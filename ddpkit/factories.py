@@ -58,7 +58,7 @@ def build(spec: Factory | Mapping[str, JsonValue], *positional: object, key: str
     ``key`` is where the config says it (``optimizer``).
 
     Raises ``ConfigError`` where the factory is not there, cannot be called, or does not take these arguments.
-    What the factory itself raises is raised as it is.
+    What the factory itself raises is raised as it is, except that a value refused by one of torch's is a ConfigError.
     """
     factory, args = (
         (spec.factory, spec.args) if isinstance(spec, Factory) else (spec.get("factory"), spec.get("args", {}))
@@ -69,7 +69,13 @@ def build(spec: Factory | Mapping[str, JsonValue], *positional: object, key: str
     if not callable(target):
         raise ConfigError(f"{key}.factory: {factory} is {_a(type(target).__name__)}, which cannot be called")
     _check_fits(target, factory, positional, args, key)
-    return target(*positional, **{name: _built(value, f"{key}.args.{name}") for name, value in args.items()})
+    built = {name: _built(value, f"{key}.args.{name}") for name, value in args.items()}
+    try:
+        return target(*positional, **built)
+    except (TypeError, ValueError) as error:
+        if not factory.startswith("torch."):
+            raise  # the user's own code, and its traceback matters
+        raise ConfigError(f"{key}: {factory} does not take these arguments: {error}") from error
 
 
 def expect(value: object, kind: type[T], key: str, what: str, *, ref: str | None = None) -> T:

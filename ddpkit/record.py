@@ -6,42 +6,55 @@ costs lines, never the run.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("ddpkit")
 
+_LINES_KEPT = 10_000  # for a disk that is full; some megabytes at most
+
 
 class JsonLines:
-    """A file of JSON lines that only grows, except that a restore may cut its end off."""
+    """A file of JSON lines that only grows, except that a restore may cut its end off.
+
+    Lines for which a full disk has no room are kept, and written once there is some.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("a+b", buffering=0)
         self._complained = False
-        self._torn = self._ends_torn()
+        self._waiting: deque[bytes] = deque(maxlen=_LINES_KEPT)
+        if self._ends_torn():
+            self._waiting.append(b"\n")  # so that half a line spoils itself alone
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, whole; on a full disk warn once and go on."""
-        text = json.dumps(line).encode() + b"\n"
-        if self._torn:
-            text = b"\n" + text  # so that half a line spoils itself alone
+        self._waiting.append(json.dumps(line).encode() + b"\n")
+        end = self._file.seek(0, os.SEEK_END)
         try:
-            written = self._file.write(text)
-            self._torn = written != len(text)
-            if not self._torn:
-                return
-            reason = "no space left on the device"
+            while self._waiting:
+                written = self._file.write(self._waiting[0])
+                if written != len(self._waiting[0]):
+                    self._file.truncate(end)  # no half line in the middle of the file
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._waiting.popleft()
+                end += written
         except OSError as error:
-            reason = error.strerror or str(error)
-        if not self._complained:
-            self._complained = True
-            log.warning("%s: cannot be written (%s); the run goes on without these lines", self._path, reason)
+            if not self._complained:
+                self._complained = True
+                log.warning(
+                    "%s: cannot be written (%s); the run goes on, and writes these lines when it can",
+                    self._path,
+                    error.strerror or error,
+                )
 
     def _ends_torn(self) -> bool:
         """Whether the process before us was cut off, or ran out of disk, within a line."""

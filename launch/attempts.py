@@ -73,7 +73,12 @@ def report_failure(failures: tuple[Failure, ...], attempt: AttemptFile | None) -
     lines = [f"rank {first.rank} on {first.host} failed: {what}"]
     if first.traceback:
         lines += ["", *("  " + line for line in first.traceback.rstrip().splitlines()), ""]
+    same = [other.rank for other in others if (other.kind, other.message) == (first.kind, first.message)]
+    if same:
+        lines.append(f"  the same on rank(s) {', '.join(map(str, sorted(same)))}")
     for other in others:
+        if other.rank in same:
+            continue
         said = (other.message.splitlines() or [""])[0]
         lines.append(f"  then rank {other.rank}: {other.kind + ': ' if other.kind else ''}{said[:160]}")
     lines.append(advice)

@@ -14,7 +14,7 @@ from ddpkit import config as configs
 from ddpkit import factories
 from ddpkit.checkpoint import claim, listing
 from ddpkit.config import Config
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
 
 from . import plan as plans
 from .job import Job
@@ -82,7 +82,11 @@ def evaluate(arguments: Namespace) -> int:
     config = configs.load(stored, overrides)
     _check_references(config)
     if listing.intact_newest(arguments.run_dir) is None:
-        raise UserError(f"{arguments.run_dir}: there is no intact checkpoint to evaluate")
+        if listing.complete(listing.checkpoints_directory(arguments.run_dir)):
+            raise BrokenCheckpoint(
+                f"{arguments.run_dir}: none of its checkpoints is intact; see ddpkit verify {arguments.run_dir}"
+            )
+        raise UserError(f"{arguments.run_dir}: there is no checkpoint to evaluate yet")
     job = Job("eval", configs.to_tree(config), {"step": arguments.step}, search_path=(str(Path.cwd()),))
     plan = _plan(config, job, None, arguments)
     if arguments.dry_run:

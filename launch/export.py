@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -71,4 +72,9 @@ def _checkpoint(run_dir: Path, step: int | None) -> Path:
         if found:
             raise BrokenCheckpoint(f"{run_dir}: none of its checkpoints is intact; see ddpkit verify {run_dir}")
         raise UserError(f"{run_dir}: there is no checkpoint in it")
+    if found[0][0] != newest.step:
+        print(  # noqa: T201 - to people
+            f"ddpkit: the checkpoint of step {found[0][0]} is broken; exporting that of step {newest.step}",
+            file=sys.stderr,
+        )
     return listing.checkpoints_directory(run_dir) / listing.step_name(newest.step)

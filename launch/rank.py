@@ -23,7 +23,7 @@ from typing import Any
 import cloudpickle
 
 from ddpkit import world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DdpkitError, UserError
 
 from .job import STOP_SIGNALS, Failure, Job, RankOrder
 
@@ -38,7 +38,7 @@ def main(order_fd: str) -> int:
 def run(job: Job, order: RankOrder) -> int:
     """Do the job as this rank, and say how it went. Returns the exit code of the process."""
     world.adopt(order.env)
-    _redirect(order)
+    _redirect(order, takes_input=order.rank == 0 and job.kind in ("script", "module"))
     sys.path[0:1] = job.search_path
     me = os.getpid()
     try:
@@ -51,7 +51,9 @@ def run(job: Job, order: RankOrder) -> int:
         if isinstance(error, UserError):
             _report_failure(order, error, EXIT_USER, with_traceback=False)
             return EXIT_USER
-        _report_failure(order, error, EXIT_FAILED, with_traceback=True, with_exception=job.kind == "call")
+        # ddpkit's own errors say what happened (a broken checkpoint, a full disk); where in ddpkit says nothing more.
+        is_ours = isinstance(error, DdpkitError) and job.kind in ("run", "eval")
+        _report_failure(order, error, EXIT_FAILED, with_traceback=not is_ours, with_exception=job.kind == "call")
         return EXIT_FAILED
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -100,8 +102,15 @@ def _run_as_main(job: Job) -> None:
         exec(code, main.__dict__)
 
 
-def _redirect(order: RankOrder) -> None:
-    """Write to the launcher's pipes; lines appear as they are written, and a kill loses at most a part of one."""
+def _redirect(order: RankOrder, takes_input: bool) -> None:
+    """Write to the launcher's pipes; lines appear as they are written, and a kill loses at most a part of one.
+
+    Standard input is the launcher's for rank zero of a script; all others find nothing in it.
+    """
+    if not takes_input:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
     os.dup2(order.stdout, 1)
     os.dup2(order.stderr, 2)
     for stream in (sys.stdout, sys.stderr):

@@ -32,6 +32,7 @@ from .lines import Lines
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
+_SAME_REQUEST_S = 2.0  # a second SIGTERM within this time counts as the first
 _END_S = 5.0  # for the node process to end everything and itself
 _END_NOW_S = 0.5  # the same after a second Ctrl-C; it may be deep in an import
 _PIECE = 1 << 20  # bytes read at a time: all that a pipe holds
@@ -93,6 +94,7 @@ class Node:
         self._selector = selectors.DefaultSelector()
         self._lines = Lines()
         self._requested: str | None = None
+        self._requested_at = 0.0
         self._requests: list[int] = []
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
@@ -114,7 +116,6 @@ class Node:
             ],
             pass_fds=[theirs.fileno(), *ends],
             env=world.environment() | self._env,
-            stdin=subprocess.DEVNULL,
             # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
             start_new_session=True,
         )
@@ -242,10 +243,13 @@ class Node:
         os.read(self._woken, 4096)
         while self._requests:
             number = self._requests.pop(0)
-            self.ends_now = self._requested is not None and number == signal.SIGINT
+            again_s = time.monotonic() - self._requested_at
+            # A cluster manager may send SIGTERM twice at once; a person, or a script, that asks again means it.
+            self.ends_now = self._requested is not None and (number == signal.SIGINT or again_s > _SAME_REQUEST_S)
             if self.ends_now:
                 return
-            self._requested = self._requested or signal.Signals(number).name
+            if self._requested is None:
+                self._requested, self._requested_at = signal.Signals(number).name, time.monotonic()
             self._signal_all(number)
 
     def _hear(self) -> None:

@@ -72,6 +72,8 @@ class Part:
     shared: Json
     own: Json
     layout: str
+    total_bytes: int
+    """Of the whole checkpoint, all ranks together; a little less than its files take."""
 
 
 def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
@@ -90,6 +92,7 @@ def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
         shared={"replicated": replicated, "main": main},
         own=own,
         layout=_layout(replicated_tensors),
+        total_bytes=_bytes(replicated_tensors) + _bytes(main_tensors) + world_size * _bytes(own_tensors),
     )
 
 
@@ -190,6 +193,10 @@ def _share(tensors: dict[str, Tensor], world_size: int) -> list[list[str]]:
         shares[rank].append(name)
         heapq.heapreplace(loads, (load + tensor.nbytes, rank))
     return shares
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _layout(tensors: dict[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol, TypeVar
 from ddpkit.checkpoint import contents, listing, manifest
 from ddpkit.checkpoint.contents import Loaded, Part, Snapshot, load_model_tensors
 from ddpkit.checkpoint.manifest import FileProof, Json, Manifest
-from ddpkit.checkpoint.writer import fsync_directory, raise_save_failed
+from ddpkit.checkpoint.writer import free_bytes, fsync_directory, raise_save_failed
 from ddpkit.errors import BrokenCheckpoint, DdpkitError, SaveFailed, StateError, Superseded, UserError
 
 __all__ = ["CheckpointStore", "Loaded", "Ranks", "SaveResult", "Snapshot", "load_model_tensors"]
@@ -95,9 +95,13 @@ class CheckpointStore:
             content = self._write(step, snapshot.progress, part, temporary)
             commit = partial(contents.commit, content, temporary, target, self._fence, replace=begun["replaces"])
             self._from_main("save/commit", commit, SaveFailed)
-        except BaseException:
+        except BaseException as error:
             if self._is_main:
                 _discard(temporary)
+            if isinstance(error, SaveFailed) and isinstance(error.__cause__, OSError):
+                # What was written of it filled the disk while the error was raised; now it is gone again.
+                room = f"the whole checkpoint needs about {part.total_bytes} bytes; {free_bytes(temporary)} are free"
+                raise SaveFailed(f"{error}\n({room} without it)") from error.__cause__
             raise
         if self._is_main:
             self._known_good.add(step)

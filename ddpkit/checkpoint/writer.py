@@ -100,7 +100,7 @@ def raise_save_failed(path: Path, needed: int, error: OSError) -> NoReturn:
     if error.errno == errno.ENOENT:
         hint = " (do all hosts share this file system? has another run cleaned up here?)"
     reason = error.strerror or str(error)
-    raise SaveFailed(f"{path}: {reason}{hint}; {needed} bytes needed, {_free(path)} free") from error
+    raise SaveFailed(f"{path}: {reason}{hint}; {needed} bytes needed, {free_bytes(path)} free") from error
 
 
 def _header(ordered: Iterable[tuple[str, Tensor]]) -> tuple[bytes, int]:
@@ -149,7 +149,8 @@ def _write(path: Path, content: Iterable[memoryview], size: int) -> FileProof:
     return FileProof(path.name, size, hasher.hexdigest())
 
 
-def _free(path: Path) -> str:
+def free_bytes(path: Path) -> str:
+    """Bytes free on the file system that ``path`` is to be written to, as text; "unknown" if it cannot be asked."""
     try:
         found = os.statvfs(path.parent)
     except OSError:
