@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -140,11 +141,20 @@ class Ranks:
                 raise RankFailed(f"rank {leader} failed in main_first: {cause}")
             yield
             return
+        waiting = (self.world_size if scope == "global" else self._local_world_size) - 1
+        # The console shows rank zero's words; those of the ranks that wait are in their logs.
+        words = ("rank %d has been at work in main_first for %.0f s; %d ranks wait", self.rank, _SAY_AFTER_S, waiting)
+        say = threading.Timer(_SAY_AFTER_S, log.warning, words)
+        say.daemon = True
+        if waiting:
+            say.start()
         try:
             yield
         except BaseException as error:
             self._store.set(key, json.dumps(f"{type(error).__name__}: {error}"))
             raise
+        finally:
+            say.cancel()
         self._store.set(key, json.dumps(None))
 
     def tell_failure(self, cause: str) -> tuple[int, str]:

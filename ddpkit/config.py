@@ -251,6 +251,8 @@ class Train(Section):
     """`(model, batch) -> loss`, or `{"loss": mean, "weight": n (optional), other scalars}`."""
     eval_step: Ref | None = None
     """`(model, batch) -> {name: tensor of shape (batch,)}`, one value a sample; needs `data.eval`."""
+    metrics: dict[str, Factory] = {}
+    """Metric objects by name, as torchmetrics has them; `eval_step` then gives what they are updated with."""
     epochs: Count | None = None
     """Passes over the training data; either this or `max_steps`."""
     max_steps: Count | None = None
@@ -422,6 +424,7 @@ _NOT_BUILT = (
     _NotBuilt("launch.launcher", ("inline", "local"), "choose inline or local"),
     _NotBuilt("launch.nnodes", (1,), "leave it at 1"),
     _NotBuilt("launch.rdzv_endpoint", (None,), "leave it out"),
+    _NotBuilt("launch.stall_timeout_s", (600.0,), "leave it out; launch.timeout_s ends a collective that is stuck"),
     _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
     _NotBuilt("model.ema_decay", (None,), "leave it out"),

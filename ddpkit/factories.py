@@ -103,6 +103,7 @@ def all_references(config: Config) -> Iterator[tuple[str, str]]:
         "data.sampler": data.sampler,
         "optimizer": config.optimizer,
         "scheduler": config.scheduler,
+        **{f"train.metrics.{name}": metric for name, metric in train.metrics.items()},
         **{f"trackers.{index}": tracker for index, tracker in enumerate(config.trackers)},
     }
     for key, factory in factories.items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
-from torch.utils.data import IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from ddpkit.agree import Ranks
 from ddpkit.errors import UserError
@@ -47,7 +47,7 @@ class Loader:
         micro_batch_size: int | None,
         shuffle: bool,
         drop_last: bool,
-        sampler: str | Callable[[Any], Sampler[Any]],
+        sampler: str | Sampler[Any] | Callable[[Any], Sampler[Any]],
         options: LoaderOptions,
     ) -> None:
         if global_batch_size < world.world_size:
@@ -55,6 +55,10 @@ class Loader:
                 f"data.global_batch_size: {global_batch_size} samples cannot be split over {world.world_size} ranks; "
                 f"give at least {world.world_size}, or start fewer ranks"
             )
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise UserError(f"data.micro_batch_size: {micro_batch_size} samples make no pass; give 1 or more, or None")
+        if isinstance(dataset, DataLoader):
+            raise UserError("loader: got a torch DataLoader; give the dataset, ddpkit makes the loader")
         self._world = world
         self._ranks = ranks
         self._device = device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ class Evaluation:
     every_epochs: int | None = 1
     every_steps: int | None = None
     options: LoaderOptions = field(default_factory=LoaderOptions)
+    metrics: Mapping[str, Any] | None = None
+    """Torchmetrics-style objects by name; ``step`` then returns what they are updated with."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,7 @@ class _Loop:
                 evaluation.step,
                 batch_size=evaluation.batch_size,
                 options=evaluation.options,
+                metrics=evaluation.metrics,
                 stoppable=True,
             )
         except EvaluationStopped as stop:

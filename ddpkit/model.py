@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ddpkit.batchnorm import convert_sync_batchnorm
+from ddpkit.errors import UserError
 from ddpkit.world import World
 
 
@@ -29,7 +32,11 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
         # Before DDP, which looks at the module's buffers and parameters once.
         module = convert_sync_batchnorm(module)
     module = module.to(device)
-    if world.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
+    if world.world_size == 1:
+        return module
+    _check_has_shapes(module)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        share_buffers(module, world, with_parameters=True)  # DDP takes no such module; this is what it would do
         return module
     wrapped = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None, **ddp)
     settle_buckets(wrapped)
@@ -98,19 +105,29 @@ class _Stub(nn.Module):
         return (parameter.sum() * 0).double()
 
 
-def share_buffers(module: nn.Module, world: World) -> None:
-    """Give every rank rank zero's buffers. Collective.
+def _check_has_shapes(module: nn.Module) -> None:
+    lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise UserError(
+            f"the model's parameters {', '.join(lazy[:5])} have no shapes yet (Lazy modules), which DDP needs: run one "
+            "batch through the model before it is wrapped, in model.factory, say"
+        )
+
+
+def share_buffers(module: nn.Module, world: World, *, with_parameters: bool = False) -> None:
+    """Give every rank rank zero's buffers, and its parameters if asked for. Collective.
 
     Without SyncBatchNorm each rank's running statistics drift apart within a step, and DDP only evens them out at the
     next training pass; rank zero's are the ones that count and that are saved.
     """
     if world.world_size == 1:
         return
-    for buffer in _distinct(module.buffers()):
-        packed = buffer.contiguous()  # what a broadcast needs
+    tensors = chain(module.parameters(), module.buffers()) if with_parameters else module.buffers()
+    for tensor in _distinct(tensors):
+        packed = tensor.detach().contiguous()  # what a broadcast needs
         torch.distributed.broadcast(packed, 0)
-        if packed is not buffer:
-            buffer.copy_(packed)
+        if packed.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(packed)
 
 
 def _distinct(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:

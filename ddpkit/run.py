@@ -169,6 +169,9 @@ class Run:
     def step(self, **values: Any) -> None:
         """Count an optimizer step; record, save and stop when due. Call it after ``optimizer.step()``. Collective.
 
+        Where the loader has a ``micro_batch_size``, a step takes several batches, and the optimizer steps, and this is
+        called, after the last of them: ``if loader.current.is_last:``.
+
         Args:
             values: numbers or one-element tensors of this rank; their means over the ranks, weighted by samples, are
                 recorded every ``log_every`` steps. At other steps they are not looked at.
@@ -176,7 +179,15 @@ class Run:
         Raises:
             StopRequested: all ranks have agreed to stop; the state is saved. It ends a script with exit code 75.
             SaveFailed: saving has failed too often in a row.
+            UserError: called in the middle of a step's batches.
         """
+        part = self._loader.current if self._loader is not None else None
+        if part is not None and not part.is_last:
+            raise UserError(
+                "run.step: called after a batch that is not the last of its optimizer step. With micro_batch_size a "
+                "step takes several batches: call run.backward(loss) after each, and optimizer.step(), zero_grad() and "
+                "run.step() only `if loader.current.is_last:`"
+            )
         self.count(values)
         self.boundary()
 
@@ -260,15 +271,19 @@ class Run:
         self.record("train", means, step_s=elapsed / max(steps, 1), samples_per_s=rate)
 
     def _means(self, values: Mapping[str, Any], weight: float) -> tuple[dict[str, float], bool]:
-        """Means over ranks by samples, and whether rank zero's clock asks for a save: one all-reduce for both."""
+        """Weighted means over ranks, and whether rank zero's clock asks for a save: one exchange for both.
+
+        By the store, not by an all-reduce, which would hang if a step named other values on one rank than on another;
+        such a value's mean is that of the ranks which gave it.
+        """
         late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
-        own = [_number(value) * weight if weight else 0.0 for value in values.values()]
-        sums = torch.tensor([weight, float(late and self._rt.is_main), *own], dtype=torch.float64)
-        if self._rt.world_size > 1:
-            sums = sums.to(self._rt.device)
-            torch.distributed.all_reduce(sums)
-        total, save_now, *rest = sums.tolist()
-        return {name: value / total for name, value in zip(values, rest, strict=True)}, save_now > 0
+        own = {name: _number(value) for name, value in values.items()} if weight else {}  # of nothing: NaN
+        told = self._rt.ranks.exchange("recorded", [weight, own, late])
+        means = {}
+        for name in dict.fromkeys(name for _, given, _ in told for name in given):
+            counted = [(weight, given[name]) for weight, given, _ in told if name in given]
+            means[name] = sum(weight * value for weight, value in counted) / sum(weight for weight, _ in counted)
+        return means, bool(told[0][2])
 
     def _save(self, must: bool = False) -> None:
         self._save_is_due = False

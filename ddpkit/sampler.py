@@ -296,7 +296,7 @@ class Plan:
 
 
 def make_order(
-    sampler: str | Callable[[Any], Sampler[Any]],
+    sampler: str | Sampler[Any] | Callable[[Any], Sampler[Any]],
     dataset: Any,
     seed: int,
     shuffle: bool,
@@ -314,8 +314,12 @@ def make_order(
                 f"is not a multiple of {world.world_size} ranks. Choose a multiple, or sampler: elastic."
             )
         return DistributedOrder(dataset, seed, shuffle, drop_last, world)
-    assert callable(sampler)
-    made = sampler(dataset)
+    if not (callable(sampler) or isinstance(sampler, Sampler)):
+        raise UserError(
+            f"data.sampler: {sampler!r} is none; give 'elastic', 'distributed', a torch Sampler, or a function of the "
+            "dataset that returns one"
+        )
+    made = sampler if isinstance(sampler, Sampler) else sampler(dataset)
     if isinstance(made, DistributedSampler):
         raise UserError(
             "data.sampler: the factory returned a DistributedSampler, which splits the samples over ranks itself; "

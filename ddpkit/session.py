@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
 from ddpkit import model as models
-from ddpkit import rendezvous
+from ddpkit import rendezvous, rollcall
 from ddpkit.agree import RankFailed, Ranks, is_consequence
 from ddpkit.errors import StopRequested, UserError
 from ddpkit.fetching import LoaderOptions
@@ -56,6 +56,7 @@ class Runtime:
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
         self._server: TCPStore | None = None
+        self._has_own_stream = False
         self.ranks: Ranks
         self.stop: StopVote
 
@@ -112,7 +113,9 @@ class Runtime:
         """
         wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **ddp)
         self._stack.callback(models.release, wrapped)
-        seed_generators(derive(self.seed, "rank", self.rank))
+        if not self._has_own_stream:  # once: a second model must not have the same numbers drawn again
+            seed_generators(derive(self.seed, "rank", self.rank))
+            self._has_own_stream = True
         return wrapped
 
     def loader(
@@ -123,7 +126,7 @@ class Runtime:
         micro_batch_size: int | None = None,
         shuffle: bool = True,
         drop_last: bool = True,
-        sampler: str | Callable[[Any], Sampler[Any]] = "elastic",
+        sampler: str | Sampler[Any] | Callable[[Any], Sampler[Any]] = "elastic",
         num_workers: int = 0,
         pin_memory: bool | None = None,
         prefetch_factor: int = 2,
@@ -136,7 +139,8 @@ class Runtime:
         Args:
             dataset: map-style (``__len__`` and ``__getitem__``) or a `torch.utils.data.IterableDataset`.
             global_batch_size: samples per optimizer step over all ranks.
-            micro_batch_size: samples per rank and pass; None takes the rank's whole share at once.
+            micro_batch_size: samples per rank and pass; None takes the rank's whole share at once. With it the loader
+                gives out several batches for each optimizer step: ``if loader.current.is_last:`` is where to step.
             shuffle: False keeps the dataset's order.
             drop_last: leave out the incomplete last global batch; False trains it as it is.
             sampler: "elastic", "distributed" (torch's), or a function of the dataset that gives a torch ``Sampler``
@@ -293,7 +297,19 @@ class Runtime:
         except Exception as error:  # noqa: BLE001 - the work is done; what can fail here is others leaving
             log.debug("leaving alone: %s", error)
 
+    def _who_is_late(self, error: BaseException) -> BaseException:
+        try:
+            return rollcall.call(self.store, self.rank, self.world_size, self._timeout_s)
+        except Exception as asking:  # noqa: BLE001 - the store may be what failed; the error itself matters
+            log.debug("no roll-call: %s", asking)
+            return error
+
     def _tell_failure(self, error: BaseException) -> None:
+        if self.world_size > 1 and is_consequence(error) and "Timed out" in str(error):
+            late = self._who_is_late(error)
+            if late is not error:
+                self._tell_failure(late)
+                raise late from error
         try:
             rank, cause = self.ranks.tell_failure(f"{type(error).__name__}: {error}")
         except Exception as telling:  # noqa: BLE001 - the error itself matters, and the store may be what failed

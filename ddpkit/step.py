@@ -78,7 +78,8 @@ class TrainStep:
                 scaled = self.scaler.scale(scaled)
             scaled.backward()  # type: ignore[no-untyped-call]  # torch's
         if weight is not None:
-            own = torch.as_tensor(weight, dtype=torch.float64, device=self._device).detach()
+            # A copy: the sum over the ranks is formed in place, and the user's tensor is recorded later.
+            own = torch.as_tensor(weight, dtype=torch.float64, device=self._device).detach().clone()
             self._weight_sum = own if self._weight_sum is None else self._weight_sum + own
         if keep_values:
             self._kept.append((part, weight, values))
@@ -113,12 +114,13 @@ class TrainStep:
         try:
             loss, weight, values = _read(self._function(self._model, batch))
         except Exception as error:
-            fits = part.batch_size - part.batch_size % self._world.world_size
+            below = part.batch_size - part.batch_size % self._world.world_size
+            fits = [size for size in (below, below + self._world.world_size) if size]
             raise UserError(
                 f"train.step: rank {self._world.rank} has no sample in a pass over a global batch of {part.batch_size} "
                 f"on {self._world.world_size} ranks, and the step cannot take a batch of length zero "
                 f"({type(error).__name__}: {error}). Choose a data.global_batch_size that the ranks divide evenly "
-                f"({fits or self._world.world_size} or {fits + self._world.world_size}, say) and drop_last: true."
+                f"({' or '.join(map(str, fits))}, say) and drop_last: true."
             ) from error
         return loss, None if weight is None else 0.0, values  # whatever the step makes of nothing, it counts nothing
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
 
+from ddpkit import rollcall
 from ddpkit.errors import DdpkitError
 from ddpkit.world import World
 
@@ -100,9 +101,11 @@ class StopVote:
         store = self._store
         assert store is not None
         try:
+            asked = False
             while not self._leaving.wait(_LOOK_S):
                 if self._requested is not None:
                     store.compare_set(_REASON, "", self._requested)
+                asked = asked or rollcall.answer(store, self._world.rank)
                 if store.check([_REASON]):
                     self._answer(store)
                     return

@@ -127,6 +127,7 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
         evaluation.step,
         batch_size=evaluation.batch_size,
         options=evaluation.options,
+        metrics=evaluation.metrics,
     )
     if rt.is_main:
         print(json.dumps({"step": loaded.step, **values}), file=sys.stdout, flush=True)  # noqa: T201 - the result
@@ -170,7 +171,19 @@ def _evaluation(rt: Runtime, config: Config) -> Evaluation | None:
         every_epochs=None if isinstance(every, Steps) else every,
         every_steps=every.steps if isinstance(every, Steps) else None,
         options=_loader_options(rt, config.data.loader),
+        metrics=_metrics(config),
     )
+
+
+def _metrics(config: Config) -> dict[str, Any] | None:
+    made = {name: factories.build(spec, key=f"train.metrics.{name}") for name, spec in config.train.metrics.items()}
+    for name, metric in made.items():
+        if not all(hasattr(metric, method) for method in ("reset", "update", "compute")):
+            raise ConfigError(
+                f"train.metrics.{name}.factory: {config.train.metrics[name].factory} returned {type(metric).__name__}; "
+                "a metric is needed: reset, update and compute"
+            )
+    return made or None
 
 
 def _optimizer(config: Config, module: nn.Module) -> Optimizer:

@@ -152,7 +152,10 @@ class Node:
         os.close(self._wake)
 
     def request(self, number: int) -> None:
-        """Pass a stop signal on to every rank; a second Ctrl-C ends them at once. Safe in a signal handler."""
+        """Pass a stop signal on to every rank; a second one (Ctrl-C at once, SIGTERM after 2 s) ends them.
+
+        Safe in a signal handler.
+        """
         self._requests.append(number)
         with contextlib.suppress(BlockingIOError):  # it is full of earlier ones
             os.write(self._wake, b"!")
@@ -200,7 +203,8 @@ class Node:
 
     def _outcome(self) -> Outcome:
         if self.ends_now:
-            return Outcome(EXIT_INTERRUPTED, stopped_by=self._requested)
+            code = EXIT_INTERRUPTED if self._requested == "SIGINT" else EXIT_FAILED
+            return Outcome(code, stopped_by=self._requested)
         if self._lost:
             status = self._process.wait(_END_S)
             raise LaunchFailed(
@@ -223,7 +227,7 @@ class Node:
         assert rank.ended is not None  # all have
         if rank.failure is not None:
             return rank.failure
-        how = "ended by the launcher, as it did not end by itself" if rank.was_ended else explain(rank.ended)
+        how = _ENDED_BY_US if rank.was_ended else explain(rank.ended)
         return Failure(rank.rank, socket.gethostname(), rank.when, rank.ended, message=how)
 
     def _rank_env(self, rank: int, port: int, restart_count: int) -> dict[str, str]:
@@ -247,6 +251,7 @@ class Node:
             # A cluster manager may send SIGTERM twice at once; a person, or a script, that asks again means it.
             self.ends_now = self._requested is not None and (number == signal.SIGINT or again_s > _SAME_REQUEST_S)
             if self.ends_now:
+                self._requested = signal.Signals(number).name
                 return
             if self._requested is None:
                 self._requested, self._requested_at = signal.Signals(number).name, time.monotonic()
@@ -320,6 +325,7 @@ def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
     return tuple(sorted(failures, key=lambda failure: (_is_consequence(failure), failure.when)))
 
 
+_ENDED_BY_US = "ended by the launcher, as it did not end by itself"
 _CONSEQUENCES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -333,7 +339,12 @@ _CONSEQUENCES = (
 
 
 def _is_consequence(failure: Failure) -> bool:
-    if failure.kind in ("RankFailed", "DistBackendError", "DistNetworkError", "DistStoreError"):
+    if failure.message == _ENDED_BY_US or failure.kind in (
+        "RankFailed",
+        "DistBackendError",
+        "DistNetworkError",
+        "DistStoreError",
+    ):
         return True
     return failure.kind == "RuntimeError" and any(sign in failure.message for sign in _CONSEQUENCES)
 

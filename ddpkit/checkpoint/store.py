@@ -99,8 +99,9 @@ class CheckpointStore:
             if self._is_main:
                 _discard(temporary)
             if isinstance(error, SaveFailed) and isinstance(error.__cause__, OSError):
-                # What was written of it filled the disk while the error was raised; now it is gone again.
-                room = f"the whole checkpoint needs about {part.total_bytes} bytes; {free_bytes(temporary)} are free"
+                # What was written of it filled the disk while the error was raised; now rank zero has removed it.
+                free = self._ranks.exchange("checkpoint/save/room", free_bytes(temporary) if self._is_main else None)[0]
+                room = f"the whole checkpoint needs about {part.total_bytes} bytes; {free} are free"
                 raise SaveFailed(f"{error}\n({room} without it)") from error.__cause__
             raise
         if self._is_main:

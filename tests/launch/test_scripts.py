@@ -253,3 +253,11 @@ def test_logs_without_a_run_dir_are_kept_for_failures_alone(shell: Shell) -> Non
 def test_the_checkout_is_what_these_tests_run(shell: Shell) -> None:
     done = shell.run(prefix=(sys.executable, "-c", "import ddpkit; print(ddpkit.__file__)"))
     assert Path(done.stdout.strip()).parent == ROOT / "ddpkit"
+
+
+def test_rank_zero_alone_reads_what_is_piped_in(shell: Shell) -> None:
+    shell.script("read.py", "import os, sys\nprint(os.environ['RANK'], repr(sys.stdin.read()))\n")
+    (shell.cwd / "input").write_text("hello\n")
+    with (shell.cwd / "input").open() as piped:
+        done = shell.run("launch", "--nproc-per-node", "2", "--tee", "all", "read.py", stdin=piped)
+    assert sorted(done.stdout.splitlines()) == ["[rank 0] 0 'hello\\n'", "[rank 1] 1 ''"]

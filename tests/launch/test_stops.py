@@ -81,6 +81,13 @@ def test_a_second_interrupt_ends_ranks_that_take_no_notice(shell: Shell) -> None
     assert (done.returncode, done.stderr) == (130, "ddpkit: ended by SIGINT\n")
 
 
+def test_asking_again_ends_ranks_that_ignore_a_termination(shell: Shell) -> None:
+    child = _start_waiting(shell, "SIGINT", "SIGTERM", start_new_session=True)
+    wait_for(lambda: _has_ended_after(child, lambda running: running.terminate()), "the end")
+    done = finish(child, 20)
+    assert (done.returncode, done.stderr) == (1, "ddpkit: ended by SIGTERM\n")
+
+
 def _has_ended_after(child: Any, action: Callable[[Any], None]) -> bool:
     if child.poll() is None:
         action(child)

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 import ddpkit
 from ddpkit.agree import RankFailed, RanksMissing
 from ddpkit.errors import UserError
+from ddpkit.rollcall import CollectiveTimeout
 from ddpkit.testing import RankDied, run_ranks
 from ddpkit.world import World
 
@@ -417,3 +418,16 @@ def test_means_of_different_things_are_refused() -> None:
         assert "ranks [1] gave other names or shapes than rank 0" in names
         assert "[[2]]" in shapes and "[[3]]" in shapes
         assert "a mean needs more than 0" in weights
+
+
+def _come_late() -> None:
+    with ddpkit.runtime(timeout_s=3.0) as rt:
+        model = rt.wrap(torch.nn.Linear(2, 1))
+        if rt.rank == 1:
+            time.sleep(30)  # the late one
+        model(torch.ones(1, 2)).sum().backward()
+
+
+def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_place() -> None:
+    with pytest.raises(CollectiveTimeout, match=r"within 3 s.*rank 1 is at .*in _come_late: time\.sleep\(30\)"):
+        run_ranks(_come_late, 3)

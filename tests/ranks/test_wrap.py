@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ddpkit
+from ddpkit.errors import UserError
 from ddpkit.model import settle_buckets, unwrap
 from ddpkit.testing import run_ranks
 
@@ -166,3 +167,30 @@ def test_the_module_is_of_use_after_the_runtime_has_gone() -> None:
 def test_ranks_always_end() -> None:
     for _ in range(150):
         run_ranks(after_the_end, 2, timeout_s=20)
+
+
+def _two_models() -> Any:
+    with ddpkit.runtime(seed=5) as rt:
+        trained = rt.wrap(nn.Linear(2, 2))
+        drawn = torch.rand(3).tolist()
+        frozen = rt.wrap(nn.Linear(4, 4).requires_grad_(False))
+        again = torch.rand(3).tolist()
+        return [next(iter(model.parameters())).flatten().tolist() for model in (trained, frozen)], drawn, again
+
+
+def test_a_second_frozen_model_is_the_same_on_all_ranks_and_no_number_is_drawn_twice() -> None:
+    answers = run_ranks(_two_models, 3)
+    assert all(models == answers[0][0] for models, _, _ in answers)
+    for _, drawn, again in answers:
+        assert not set(drawn) & set(again)
+    assert len({tuple(drawn) for _, drawn, _ in answers}) == 3
+
+
+def _wrap_lazy() -> None:
+    with ddpkit.runtime() as rt:
+        rt.wrap(nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d()))
+
+
+def test_a_lazy_model_is_told_to_see_a_batch_first() -> None:
+    with pytest.raises(UserError, match=r"0\.weight.*have no shapes yet.*one batch"):
+        run_ranks(_wrap_lazy, 2)

@@ -96,6 +96,8 @@ def test_the_warning_reaches_the_shell_and_all_broken_is_an_error_every_time(fin
         for step in (12, 16, 18):
             assert f"step-{step:08d}/main.safetensors" in refused.err
         assert "set aside earlier" in refused.err
+        assert "Traceback" not in refused.err
+        assert refused.err.count("step-00000012/main.safetensors") == 1  # one message, not one for each rank
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == [
         f"step-{step:08d}" for step in (12, 16, 18)
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddpkit import config as configs
 from ddpkit import factories
@@ -472,3 +473,10 @@ def test_expect() -> None:
     assert str(caught.value) == "model.factory: pkg:fn returned a dict; an nn.Module is needed"
     with pytest.raises(ConfigError, match=r"^k: got nothing \(None\); an int is needed$"):
         factories.expect(None, int, "k", "an int")
+
+
+@pytest.mark.parametrize("lr", ["fast", -1.0])
+def test_a_value_that_torch_refuses_is_the_users_input(lr: str | float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"^optimizer: torch.optim:SGD does not take these arguments: .*"):
+        factories.build({"factory": "torch.optim:SGD", "args": {"lr": lr}}, [parameter], key="optimizer")

@@ -75,7 +75,7 @@ FULL = """
 """
 
 
-def test_a_full_disk_costs_lines_and_one_warning(tmp_path: Path) -> None:
+def test_a_full_disk_delays_lines_and_gives_one_warning(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
     ended = subprocess.run(
@@ -83,7 +83,7 @@ def test_a_full_disk_costs_lines_and_one_warning(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("cannot be written") == 1
-    assert path.read_text() == '{"n": 1}\n{"n\n{"n": 4}\n'
+    assert path.read_text() == '{"n": 1}\n{"n": 2}\n{"n": 3}\n{"n": 4}\n'  # none torn, none lost
 
 
 def test_only_rank_zero_writes_and_what_depends_on_time_is_set_apart(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import RandomSampler, Sampler, SubsetRandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
+import ddpkit
 from ddpkit.errors import UserError
 from ddpkit.sampler import DistributedOrder, ElasticOrder, Fetch, Order, Pass, Plan, SampledOrder, make_order, passes
 from ddpkit.world import World
@@ -275,3 +276,25 @@ def test_samplers_that_cannot_be_used_are_refused() -> None:
         SampledOrder(Endless(), 0)  # type: ignore[arg-type]  # what users may give
     with pytest.raises(UserError, match="write sampler: distributed"):
         make_order(lambda data: DistributedSampler(data, 1, 0), Dataset(4), 0, True, True, world(0, 1), 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"sampler": "Elastic"}, "'Elastic' is none"),
+        ({"sampler": 3}, "3 is none"),
+        ({"micro_batch_size": 0}, "micro_batch_size: 0"),
+        ({"micro_batch_size": -3}, "micro_batch_size: -3"),
+    ],
+)
+def test_a_loader_refuses_what_cannot_be(arguments: dict[str, Any], said: str) -> None:
+    with ddpkit.runtime(world=World()) as rt, pytest.raises(UserError, match=said):
+        rt.loader(list(range(10)), global_batch_size=2, **arguments)
+
+
+def test_a_loader_takes_a_sampler_as_it_is() -> None:
+    with ddpkit.runtime(world=World()) as rt:
+        loader = rt.loader(
+            list(range(10)), global_batch_size=2, sampler=torch.utils.data.SubsetRandomSampler([1, 3, 5, 7])
+        )
+        assert sorted(item for batch in loader for item in batch.tolist()) == [1, 3, 5, 7]
