@@ -102,8 +102,9 @@ def connect(world: World, timeout_s: float) -> Store:
         assert world.job is not None  # as above
         port = _find(world.master_addr, world.job, timeout_s)
     store = TCPStore(world.master_addr, port, is_master=False, timeout=timedelta(seconds=timeout_s))
-    # A prefix for each attempt: after a restart no rank may read what the one before has left.
-    return PrefixStore(f"ddpkit/{world.restart_count}", store)
+    # A launcher's store outlives an attempt: after a restart no rank may read what the one before has left. (A store
+    # of rank zero's does not, and the agents of several nodes do not always count alike.)
+    return PrefixStore(f"ddpkit/{world.restart_count if world.agent_store else 0}", store)
 
 
 def candidates(job: str) -> list[int]:

@@ -103,17 +103,17 @@ def adopt(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
-def thread_and_network_defaults(env: Mapping[str, str], local_world_size: int, cores: int) -> dict[str, str]:
-    """Variables for ranks on one machine, leaving what the user has set.
+def thread_and_network_defaults(
+    env: Mapping[str, str], local_world_size: int, cores: int, nnodes: int = 1
+) -> dict[str, str]:
+    """Variables for the ranks of a machine, leaving what the user has set.
 
     Threads: the cores divided by the ranks, or they fight over them. Network: gloo and NCCL otherwise take the
     host name's address, which may be public; ranks on one machine need the loopback only.
     """
-    wanted = {
-        "OMP_NUM_THREADS": str(max(1, cores // local_world_size)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // local_world_size))}
+    if nnodes == 1:
+        wanted |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {name: value for name, value in wanted.items() if name not in env}
 
 

@@ -18,11 +18,11 @@ from ddpkit.errors import EXIT_DONE, EXIT_FAILED, ConfigError, UserError
 
 from . import plan as plans
 from .job import Job
-from .launchers import inline, local
+from .launchers import inline, local, torchrun
 from .plan import Plan
 from .status import describe, is_finished, read_status, to_json
 
-_LAUNCHERS = {"inline": inline.run, "local": local.run}
+_LAUNCHERS = {"inline": inline.run, "local": local.run, "torchrun": torchrun.run}
 
 
 def run(arguments: Namespace) -> int:
