@@ -18,8 +18,9 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ddpkit.errors import DdpkitError, UserError
@@ -32,6 +33,10 @@ _PORTS = range(10_000, 32_768)  # below those that the kernel gives to connectio
 _CANDIDATES = 16  # a node with so many jobs at once whose names lead to the same ports is not to be expected
 _PROBE_S = 3.0  # for an answer; what listens on a candidate may be something else, and silent
 _PAUSE_S = 0.1
+_PARTING_S = 5.0  # rank zero must not wait long for a rank that has died at the very end
+_PARTING_PAUSE_S = 0.01
+_PREFIX = "ddpkit"
+_LEFT = "left"
 
 
 class NoMeeting(DdpkitError):
@@ -59,27 +64,61 @@ def serve(listener: socket.socket) -> TCPStore:
 def hosting(world: World) -> Iterator[None]:
     """Serve the store if that falls to this rank: to rank zero, where no launcher serves it.
 
+    Leaving without an error is collective: rank zero stays until the others have used the store for the last time.
+
     Raises:
         UserError: the port that rank zero was told to serve on is taken.
     """
-    if world.world_size == 1 or world.agent_store or not world.is_main:
+    if world.world_size == 1 or world.agent_store:
         yield
+        return
+    if not world.is_main:
+        with _at_orderly_end(lambda: _part(world)):
+            yield
         return
     assert world.master_addr is not None  # World checks it
     with contextlib.ExitStack() as stack:
         if world.master_port is not None:
-            listener = _listen_as_master(world.master_addr, world.master_port)
+            kept = serve(_listen_as_master(world.master_addr, world.master_port))
         else:
             assert world.job is not None  # as above
             ports = candidates(world.job)
             post = _listen_on_any(world.master_addr, ports)
-            listener = _listen_on_any(world.master_addr, ports)
-            stack.enter_context(_Signpost(post, world.job, listener.getsockname()[1]))
-        kept = serve(listener)
-        try:
-            yield
-        finally:
-            del kept
+            kept = serve(_listen_on_any(world.master_addr, ports))
+            stack.enter_context(_Signpost(post, world.job, kept.port))  # taken down before the store
+        stack.enter_context(_at_orderly_end(partial(_await_others, world, kept)))
+        yield
+
+
+@contextlib.contextmanager
+def _at_orderly_end(part: Callable[[], object]) -> Iterator[None]:
+    leaving: SystemExit | None = None
+    try:
+        yield
+    except SystemExit as error:  # an agreed stop
+        leaving = error
+    with contextlib.suppress(OSError, RuntimeError, NoMeeting):  # the work is done; torch's errors are RuntimeErrors
+        part()
+    if leaving is not None:
+        raise leaving
+
+
+def _part(world: World) -> None:
+    """Let rank zero go, and wait until its store has: a script may enter a runtime again, and must not find this one.
+
+    A connection that says nothing ends when the store does.
+    """
+    assert world.master_addr is not None  # World checks it
+    port = _port(world, _PARTING_S)
+    with socket.create_connection((world.master_addr, port), timeout=_PARTING_S) as held:
+        connect(world, _PARTING_S).add(_LEFT, 1)
+        held.recv(1)
+
+
+def _await_others(world: World, store: TCPStore) -> None:
+    deadline = time.monotonic() + _PARTING_S
+    while store.add(f"{_PREFIX}/0/{_LEFT}", 0) < world.world_size - 1 and time.monotonic() < deadline:
+        time.sleep(_PARTING_PAUSE_S)
 
 
 def connect(world: World, timeout_s: float) -> Store:
@@ -97,14 +136,17 @@ def connect(world: World, timeout_s: float) -> Store:
     if world.world_size == 1:
         return HashStore()
     assert world.master_addr is not None  # World checks it
-    port = world.master_port
-    if port is None:
-        assert world.job is not None  # as above
-        port = _find(world.master_addr, world.job, timeout_s)
-    store = TCPStore(world.master_addr, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+    store = TCPStore(world.master_addr, _port(world, timeout_s), is_master=False, timeout=timedelta(seconds=timeout_s))
     # A launcher's store outlives an attempt: after a restart no rank may read what the one before has left. (A store
     # of rank zero's does not, and the agents of several nodes do not always count alike.)
-    return PrefixStore(f"ddpkit/{world.restart_count if world.agent_store else 0}", store)
+    return PrefixStore(f"{_PREFIX}/{world.restart_count if world.agent_store else 0}", store)
+
+
+def _port(world: World, timeout_s: float) -> int:
+    if world.master_port is not None:
+        return world.master_port
+    assert world.master_addr is not None and world.job is not None  # World checks it
+    return _find(world.master_addr, world.job, timeout_s)
 
 
 def candidates(job: str) -> list[int]:

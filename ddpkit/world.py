@@ -120,6 +120,26 @@ def thread_and_network_defaults(
 # ---------------------------------------------------------------------- who started the ranks
 
 
+def survey(env: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Each of `ENVIRONMENTS` by name, with what it says of this process; for people."""
+    said = []
+    decided = False
+    for name, read in ENVIRONMENTS:
+        try:
+            world = read(env)
+        except UserError as error:
+            said.append((name, f"broken: {error}"))
+            decided = True
+            continue
+        if world is None:
+            said.append((name, "not there"))
+            continue
+        place = f"rank {world.rank} of {world.world_size}, local rank {world.local_rank} of {world.local_world_size}"
+        said.append((name, f"{'there too' if decided else 'decides'}: {place} ({world.source})"))
+        decided = True
+    return said if decided else [*said, ("so it is", _why_alone(env))]
+
+
 class _Names(NamedTuple):
     """How a launcher calls the four numbers; in messages."""
 

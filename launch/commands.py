@@ -106,6 +106,14 @@ def export(arguments: Namespace) -> int:
     return EXIT_DONE
 
 
+def doctor(arguments: Namespace) -> int:
+    """`ddpkit doctor`: what was found, and why; 1 if some ranks cannot talk."""
+    from . import doctor as examination  # with torch, only here
+
+    settings = configs.load_launch(_overrides(arguments))
+    return examination.examine(settings, arguments.launcher)
+
+
 def verify(arguments: Namespace) -> int:
     """`ddpkit verify`: a line for each checkpoint; 1 if one is not intact."""
     if not arguments.run_dir.is_dir():

@@ -174,6 +174,7 @@ def test_a_function_on_ranks() -> None:
     assert launch.torchrun(_on_ranks, 5, nproc_per_node=2, max_restarts=1) == [(11.0, 1)] * 2
 
 
+@pytest.mark.slow
 def test_a_function_that_fails_keeps_its_type() -> None:
     with pytest.raises(OwnError, match="of rank") as caught:
         launch.torchrun(_on_ranks, 0, nproc_per_node=1)

@@ -69,3 +69,22 @@ def test_ports_by_job() -> None:
     assert all(10_000 <= port < 32_768 for ports in drawn for port in ports)
     assert all(len(ports) >= 12 for ports in drawn)
     assert len({tuple(ports) for ports in drawn}) == len(drawn)
+
+
+def _three_times(port: int | None) -> list[float]:
+    rank = int(os.environ["RANK"])
+    env = _mpi("again", rank, 3, rank, 3) | ({"MASTER_PORT": str(port)} if port else {})
+    means = []
+    for _ in range(3):
+        with ddpkit.runtime(world=World.from_env(env), timeout_s=20) as rt:
+            means.append(rt.mean(float(rank)))
+    return means
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["derived", "chosen"])
+def test_a_store_of_rank_zeros_is_gone_before_the_next_runtime(chosen: bool) -> None:
+    port = None
+    if chosen:
+        with rendezvous.listen() as listener:
+            port = listener.getsockname()[1]
+    assert run_ranks(_three_times, 3, port) == [[1.0] * 3] * 3
