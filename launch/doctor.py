@@ -71,6 +71,9 @@ def examine(settings: Launch, launcher: str | None) -> int:
 
 
 def _examine_here(here: World) -> int:
+    if here.world_size == 1:
+        print("one process: nobody to talk to", flush=True)  # noqa: T201 - the result
+        return EXIT_DONE
     from ddpkit import talk  # torch, only now
 
     started = time.monotonic()

@@ -42,12 +42,14 @@ def test_the_present_world(shell: Shell) -> None:
 def test_variables_that_are_half_set(shell: Shell) -> None:
     done = shell.run("doctor", "--launcher", "inline", env={"PMI_RANK": "1", "RANK": "0", "WORLD_SIZE": "1"})
     assert "RANK and WORLD_SIZE: decides: rank 0 of 1" in done.stdout and "MPICH: broken: " in done.stdout
+    assert done.stdout.endswith("one process: nobody to talk to\n")
     done = shell.run("doctor", env={"PMI_RANK": "1"})
     assert done.returncode == 2
     assert done.stderr.startswith("ddpkit: the environment sets PMI_RANK=1 but not PMI_SIZE")
     assert "  MPICH: broken: the environment sets PMI_RANK=1 but not PMI_SIZE" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_zero_that_cannot_be_reached(shell: Shell) -> None:
     env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     code = f"from ddpkit import talk; talk._MEET_S = 0.5; {_CLI}"
@@ -84,6 +86,7 @@ def _absent() -> Any:
     return talk.check()
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named() -> None:
     with pytest.raises(RanksMissing, match=r"the roll-call: after 0.5 s these ranks have not come: \[1\]"):
         run_ranks(_absent, 2)
