@@ -115,7 +115,8 @@ class Launch(Section):
     """Where and how the ranks are started."""
 
     launcher: Literal["inline", "local", "torchrun", "slurm"] = "local"
-    """inline: this process, one rank. local: processes on this machine. torchrun, slurm: through them."""
+    """inline: this process, alone or as the rank that somebody else (torchrun, srun, mpirun) has made it. local:
+    processes on this machine. torchrun, slurm: through them."""
     nnodes: Count = 1
     """Number of machines."""
     nproc_per_node: Count | Literal["auto"] = "auto"
@@ -123,7 +124,7 @@ class Launch(Section):
     nproc_without_gpu: Count | None = None
     """What auto means on a machine without a GPU; null: one rank per two cores."""
     start_method: Literal["warm", "spawn"] = "warm"
-    """warm: one process imports torch and forks the ranks. spawn: each rank is a new interpreter."""
+    """local: warm: one process imports torch and forks the ranks. spawn: each rank is a new interpreter."""
     max_restarts: int = Field(default=0, ge=0, lt=2**31)
     """How often the launcher itself starts a failed group of ranks again."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -421,9 +422,7 @@ class _NotBuilt:
 
 
 _NOT_BUILT = (
-    _NotBuilt("launch.launcher", ("inline", "local"), "choose inline or local"),
-    _NotBuilt("launch.nnodes", (1,), "leave it at 1"),
-    _NotBuilt("launch.rdzv_endpoint", (None,), "leave it out"),
+    _NotBuilt("launch.launcher", ("inline", "local", "torchrun"), "choose inline, local or torchrun"),
     _NotBuilt("launch.stall_timeout_s", (600.0,), "leave it out; launch.timeout_s ends a collective that is stuck"),
     _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch.distributed has them from, with types
+from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
 from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
@@ -55,7 +55,6 @@ class Runtime:
         self._timeout_s = timeout_s
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
-        self._server: TCPStore | None = None
         self._has_own_stream = False
         self.ranks: Ranks
         self.stop: StopVote
@@ -81,7 +80,6 @@ class Runtime:
                 self._tell_failure(error)
         finally:
             self._stack.__exit__(kind, error, trace)
-            self._server = None  # where this rank served the store, its port is free again
 
     @property
     def rank(self) -> int:
@@ -266,7 +264,7 @@ class Runtime:
         return PrefixStore(f"runtime/{self._entry}", rendezvous.connect(self.world, self._timeout_s))
 
     def _form_group(self) -> None:
-        self._server = rendezvous.host(self.world)
+        self._stack.enter_context(rendezvous.hosting(self.world))
         store = rendezvous.connect(self.world, self._timeout_s)
         # A script may enter one runtime after another; what the one before left in the store must not be read.
         self._entry = store.add(f"entered/{self.rank}", 1)
@@ -276,6 +274,7 @@ class Runtime:
             torch.cuda.set_device(self.device)
         if self.world_size == 1:
             return
+        _check_even(self.world, self.store)
         if dist.is_initialized():
             raise UserError(
                 "a process group exists already: enter ddpkit.runtime() instead of calling init_process_group"
@@ -337,6 +336,16 @@ def runtime(seed: int = 0, *, backend: str = "auto", timeout_s: float = 1800.0, 
 def _is_orderly(error: BaseException) -> bool:
     """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
     return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, 0))
+
+
+def _check_even(world: World, store: Store) -> None:
+    # Each rank knows its own node's number alone: 2 + 1 + 1 ranks look like 2 + 2 to the first two.
+    others = store.compare_set("ranks per node", "", str(world.local_world_size)).decode()
+    if others != str(world.local_world_size):
+        raise UserError(
+            f"{world.local_world_size} rank(s) on {world.host}, and {others} on another node: every node needs the "
+            f"same number of ranks. This is {world.source}"
+        )
 
 
 def choose_device(world: World, backend: str) -> torch.device:

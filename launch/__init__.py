@@ -1,4 +1,7 @@
-"""Start ranks from Python: ``launch.local(fn, *args, nproc_per_node=2)``. The command line is `launch.cli`."""
+"""Start ranks from Python: ``launch.local(fn, *args, nproc_per_node=2)``, or ``launch.torchrun``.
+
+The command line is `launch.cli`.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calls import local as local
+    from .calls import torchrun as torchrun
 
-__all__ = ["local"]
+__all__ = ["local", "torchrun"]
 
 
 def __getattr__(name: str) -> Any:
     # Resolved late: the command line's help and refusals import this package and nothing more of it.
-    if name == "local":
-        from .calls import local
+    if name in __all__:
+        from . import calls
 
-        return local
+        return getattr(calls, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeVar
 import cloudpickle
 
 from ddpkit import world
-from ddpkit.errors import DdpkitError
+from ddpkit.errors import DdpkitError, UserError
 
 from .attempts import report_failure
+from .elastic import ElasticNode
 from .job import Failure, Job
 from .output import Output
 from .supervise import Node
@@ -50,9 +51,56 @@ def local(
         RankError: that rank was killed, or its exception cannot be pickled.
     """
     env = world.thread_and_network_defaults(world.environment(), nproc_per_node, len(os.sched_getaffinity(0)))
+    return _call(fn, args, kwargs, Node(nproc_per_node, start_method, env), 0, tee_all)
+
+
+def torchrun(
+    fn: Callable[..., T],
+    *args: Any,
+    nproc_per_node: int = 2,
+    nnodes: int = 1,
+    rdzv_endpoint: str | None = None,
+    max_restarts: int = 0,
+    tee_all: bool = False,
+    **kwargs: Any,
+) -> list[T]:
+    """Call ``fn(*args, **kwargs)`` on ranks that torch's elastic agent starts, on each of several machines alike.
+
+    Args:
+        fn: any function, also one of a notebook; it travels by cloudpickle, to the ranks of this machine.
+        args: positional arguments.
+        nproc_per_node: ranks on each machine.
+        nnodes: machines; the same call is made on each of them.
+        rdzv_endpoint: ``host:port`` of one of them, where they meet; not needed on one machine.
+        max_restarts: how often the agent starts all ranks again after a failure.
+        tee_all: show the output of all ranks of this machine, not only the first one's.
+        kwargs: keyword arguments.
+
+    Returns:
+        What each rank of this machine returned, by rank.
+
+    Raises:
+        UserError: several machines and no endpoint, or another number of ranks met than was asked for.
+        BaseException: what the first rank to fail raised, of its own type, with the report as a note in its cause.
+        RankError: that rank was killed, or its exception cannot be pickled.
+    """
+    if nnodes > 1 and rdzv_endpoint is None:
+        raise UserError(f"rdzv_endpoint: {nnodes} machines need a place to meet; give host:port of one of them")
+    cores = len(os.sched_getaffinity(0))
+    env = world.thread_and_network_defaults(world.environment(), nproc_per_node, cores, nnodes)
+    node = ElasticNode(nproc_per_node, env, max_restarts, nnodes, rdzv_endpoint)
+    return _call(fn, args, kwargs, node, max_restarts, tee_all)
+
+
+def _call(
+    fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], node: Node, max_restarts: int, tee_all: bool
+) -> list[T]:
     job = Job("call", call=cloudpickle.dumps((fn, args, kwargs)), search_path=tuple(sys.path))
-    with Node(nproc_per_node, start_method, env) as node:
-        outcome = node.run(job, 0, Output(None, tee_all))
+    with node:
+        for restart_count in range(max_restarts + 1):
+            outcome = node.run(job, restart_count, Output(None, tee_all))
+            if not outcome.failures:
+                break
     if outcome.failures:
         _raise(outcome.failures)
     return list(outcome.results)

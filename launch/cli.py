@@ -83,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
     export.set_defaults(command=commands.export)
 
+    doctor = verbs.add_parser("doctor", help="what this environment is, and whether ranks can talk in it")
+    doctor.add_argument("--launcher", metavar="L", help="start ranks by this one; by default the ranks that are there")
+    _add_overrides(doctor)
+    doctor.set_defaults(command=commands.doctor)
+
     verify = verbs.add_parser("verify", help="check every checkpoint against its manifest")
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     verify.set_defaults(command=commands.verify)

@@ -18,11 +18,11 @@ from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError,
 
 from . import plan as plans
 from .job import Job
-from .launchers import inline, local
+from .launchers import inline, local, torchrun
 from .plan import Plan
 from .status import describe, is_finished, read_status, to_json
 
-_LAUNCHERS = {"inline": inline.run, "local": local.run}
+_LAUNCHERS = {"inline": inline.run, "local": local.run, "torchrun": torchrun.run}
 
 
 def run(arguments: Namespace) -> int:
@@ -108,6 +108,14 @@ def export(arguments: Namespace) -> int:
 
     write_model(arguments.run_dir, arguments.out, arguments.step)
     return EXIT_DONE
+
+
+def doctor(arguments: Namespace) -> int:
+    """`ddpkit doctor`: what was found, and why; 1 if some ranks cannot talk."""
+    from . import doctor as examination  # with torch, only here
+
+    settings = configs.load_launch(_overrides(arguments))
+    return examination.examine(settings, arguments.launcher)
 
 
 def verify(arguments: Namespace) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ddpkit import world
 from ddpkit.config import Launch
 from ddpkit.errors import UserError
+from ddpkit.world import World
 
 from .job import Job
 
@@ -19,9 +20,11 @@ class Plan:
     """A start of ranks.
 
     Attributes:
-        launcher: "inline" or "local".
+        launcher: "inline", "local" or "torchrun".
         nproc: ranks on this machine.
-        start_method: "warm" or "spawn".
+        nnodes: machines.
+        rdzv_endpoint: where several machines meet.
+        start_method: "warm" or "spawn", of the local launcher.
         max_restarts: of a failed group.
         env: variables that every rank gets besides those that say who it is.
         job: what the ranks do.
@@ -32,6 +35,8 @@ class Plan:
 
     launcher: str
     nproc: int
+    nnodes: int
+    rdzv_endpoint: str | None
     start_method: str
     max_restarts: int
     env: dict[str, str]
@@ -40,13 +45,19 @@ class Plan:
     tee_all: bool
     command: tuple[str, ...]
 
+    @property
+    def world_size(self) -> int:
+        """Ranks on all machines."""
+        return self.nproc * self.nnodes
+
     def describe(self) -> str:
         """The plan as YAML-like lines, for ``--dry-run``."""
         what = self.job.target or (str(self.run_dir) if self.run_dir else self.job.kind)
         lines = [
             f"launcher: {self.launcher}",
-            f"ranks: {self.nproc}",
-            f"start_method: {self.start_method}",
+            f"ranks: {self.world_size}",
+            *([f"nodes: {self.nnodes}, which meet at {self.rdzv_endpoint}"] if self.nnodes > 1 else []),
+            *([f"start_method: {self.start_method}"] if self.launcher != "torchrun" else []),
             f"max_restarts: {self.max_restarts}",
             f"job: {self.job.kind} {what}",
             *(f"env: {name}={value}" for name, value in sorted(self.env.items())),
@@ -67,12 +78,14 @@ def make(
     """Decide how many ranks start, and with which environment.
 
     Raises:
-        UserError: more ranks than GPUs or than samples in a global batch.
+        UserError: more ranks than GPUs or than samples in a global batch, or somebody has started ranks already.
     """
     env = world.environment()
+    here = World.from_env(env)
+    nnodes = _nodes(launch, here)
     gpus = 0 if launch.backend == "gloo" else visible_gpus(env)
     cores = len(os.sched_getaffinity(0))
-    nproc = _ranks(launch, gpus, cores)
+    nproc = _ranks(launch, gpus, cores, here)
     if gpus and nproc > gpus:
         raise UserError(
             f"launch.nproc_per_node: {nproc} ranks, but this machine has {gpus} GPU(s), and one rank needs one GPU. "
@@ -80,17 +93,19 @@ def make(
         )
     if launch.backend == "nccl" and not gpus:
         raise UserError("launch.backend: nccl needs GPUs, and this machine shows none; use auto or gloo")
-    if global_batch_size is not None and global_batch_size < nproc:
+    if global_batch_size is not None and global_batch_size < nproc * nnodes:
         raise UserError(
-            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc} ranks; give at least "
-            f"{nproc}, or start fewer ranks (launch.nproc_per_node)"
+            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc * nnodes} ranks; give at "
+            f"least {nproc * nnodes}, or start fewer ranks (launch.nproc_per_node)"
         )
-    added = world.thread_and_network_defaults(env, nproc, (launch.cpus_per_rank or 0) * nproc or cores)
+    added = world.thread_and_network_defaults(env, nproc, (launch.cpus_per_rank or 0) * nproc or cores, nnodes)
     if deterministic and gpus and "CUBLAS_WORKSPACE_CONFIG" not in env:
         added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch asks for it
     return Plan(
         launcher=launch.launcher,
         nproc=nproc,
+        nnodes=nnodes,
+        rdzv_endpoint=launch.rdzv_endpoint,
         start_method=launch.start_method,
         max_restarts=launch.max_restarts,
         env=added,
@@ -117,14 +132,42 @@ def _is_no_device(name: str, count: int) -> bool:
     return name.startswith("-") or (name.isdigit() and int(name) >= count)
 
 
-def _ranks(launch: Launch, gpus: int, cores: int) -> int:
+def _nodes(launch: Launch, here: World) -> int:
+    """Machines, where that number and the launcher go together."""
     if launch.launcher == "inline":
-        if launch.nproc_per_node not in ("auto", 1):
+        return here.nnodes
+    if launch.launcher == "local" and launch.nnodes > 1:
+        raise UserError(
+            f"launch.nnodes: {launch.nnodes} machines, but the local launcher starts ranks on this one; use "
+            "launch.launcher=torchrun on each of them"
+        )
+    if launch.nnodes > 1 and launch.rdzv_endpoint is None:
+        raise UserError(
+            f"launch.rdzv_endpoint: {launch.nnodes} machines need a place to meet; give HOST:PORT of one of them, the "
+            "same on all"
+        )
+    if launch.nnodes == 1 and launch.rdzv_endpoint is not None:
+        raise UserError(
+            f"launch.rdzv_endpoint: {launch.rdzv_endpoint} is for launch.launcher=torchrun with launch.nnodes of 2 or "
+            "more; leave it out"
+        )
+    # With several machines, srun may well start one launcher on each.
+    if here.world_size > (1 if launch.nnodes == 1 else here.nnodes):
+        raise UserError(
+            f"launch.launcher: this process is rank {here.rank} of {here.world_size} already ({here.source}), and each "
+            "of them would start ranks of its own; use launch.launcher=inline (--launcher inline) there"
+        )
+    return launch.nnodes
+
+
+def _ranks(launch: Launch, gpus: int, cores: int, here: World) -> int:
+    if launch.launcher == "inline":
+        if launch.nproc_per_node not in ("auto", here.local_world_size) and here.world_size == 1:
             raise UserError(
                 f"launch.nproc_per_node: {launch.nproc_per_node} ranks, but the inline launcher is this one process; "
                 "use launch.launcher=local"
             )
-        return 1
+        return here.local_world_size
     if launch.nproc_per_node != "auto":
         return launch.nproc_per_node
     return gpus or launch.nproc_without_gpu or max(1, cores // 2)

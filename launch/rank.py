@@ -49,11 +49,11 @@ def run(job: Job, order: RankOrder) -> int:
         if isinstance(error, SystemExit):
             return _exit_code(error, order)
         if isinstance(error, UserError):
-            _report_failure(order, error, EXIT_USER, with_traceback=False)
+            report_failure(order, error, EXIT_USER, with_traceback=False)
             return EXIT_USER
         # ddpkit's own errors say what happened (a broken checkpoint, a full disk); where in ddpkit says nothing more.
         is_ours = isinstance(error, DdpkitError) and job.kind in ("run", "eval")
-        _report_failure(order, error, EXIT_FAILED, with_traceback=not is_ours, with_exception=job.kind == "call")
+        report_failure(order, error, EXIT_FAILED, with_traceback=not is_ours, with_exception=job.kind == "call")
         return EXIT_FAILED
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -132,13 +132,14 @@ def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
     if isinstance(leaving.code, int):
         return leaving.code & 0xFF
     print(leaving.code, file=sys.stderr)  # noqa: T201 - what Python itself does with sys.exit("text")
-    _report_failure(order, leaving, EXIT_FAILED, with_traceback=False)
+    report_failure(order, leaving, EXIT_FAILED, with_traceback=False)
     return EXIT_FAILED
 
 
-def _report_failure(
+def report_failure(
     order: RankOrder, error: BaseException, exit_code: int, with_traceback: bool, with_exception: bool = False
 ) -> None:
+    """Tell the launcher why this rank ends."""
     when = time.monotonic()  # first of all: the order of failures is the order of causes
     text = "".join(traceback.format_exception(_without_our_frames(error))) if with_traceback else ""
     exception = b""

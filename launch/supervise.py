@@ -100,6 +100,7 @@ class Node:
         os.set_blocking(self._wake, False)
         self._ranks: list[_Rank] = []
         self._lost = False
+        self._problem: str | None = None
         self.ends_now = False
         self.pids: dict[int, int] = {}
 
@@ -111,8 +112,7 @@ class Node:
             [
                 sys.executable,
                 str(Path(__file__).with_name("child.py")),
-                "node",
-                *(str(theirs.fileno()), self._start_method),
+                *self._role(theirs.fileno()),
             ],
             pass_fds=[theirs.fileno(), *ends],
             env=world.environment() | self._env,
@@ -151,6 +151,10 @@ class Node:
         os.close(self._woken)
         os.close(self._wake)
 
+    def _role(self, control: int) -> list[str]:
+        """What the child process is to be: its arguments."""
+        return ["node", str(control), self._start_method]
+
     def request(self, number: int) -> None:
         """Pass a stop signal on to every rank; a second one (Ctrl-C at once, SIGTERM after 2 s) ends them.
 
@@ -164,9 +168,10 @@ class Node:
         """Start the ranks, and return when the last one has ended."""
         for rank in self._ranks:
             rank.ended, rank.report, rank.failure, rank.result, rank.was_ended = None, Lines(), None, None, False
-            output.log(rank.rank, b"")  # also of a rank that will never say a word
         with contextlib.suppress(ConnectionError):  # the node process has died; the loop below is told
             self._start(job, restart_count)
+        for rank in self._ranks:
+            output.log(rank.rank, b"")  # also of a rank that will never say a word
         if self._requested is not None:  # before a restart
             self._signal_all(getattr(signal, self._requested))
         deadline: float | None = None
@@ -205,6 +210,8 @@ class Node:
         if self.ends_now:
             code = EXIT_INTERRUPTED if self._requested == "SIGINT" else EXIT_FAILED
             return Outcome(code, stopped_by=self._requested)
+        if self._problem is not None:
+            raise LaunchFailed(self._problem)
         if self._lost:
             status = self._process.wait(_END_S)
             raise LaunchFailed(
@@ -266,11 +273,16 @@ class Node:
             self._lost = True
             return
         for message in map(json.loads, self._lines.feed(data)):
-            if "started" in message:
-                self.pids = {int(rank): pid for rank, pid in message["started"].items()}
-            elif "ended" in message:
-                rank = self._ranks[message["ended"]]
-                rank.ended, rank.when = message["status"], message["when"]
+            self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "started" in message:
+            self.pids = {int(rank): pid for rank, pid in message["started"].items()}
+        elif "ended" in message:
+            rank = self._ranks[message["ended"]]
+            rank.ended, rank.when = message["status"], message["when"]
+        elif "problem" in message:
+            self._problem, self._lost = message["problem"], True
 
     def _read(self, rank: _Rank, name: str, output: Output) -> None:
         # Once, not until there is nothing: one that never stops writing must not hold up signals and failures.
@@ -296,7 +308,7 @@ class Node:
                 rank.result = cloudpickle.loads(base64.b64decode(message["result"]))
 
     def _signal_all(self, number: int) -> None:
-        alive = [rank.rank for rank in self._ranks if rank.ended is None]
+        alive = [place for place, rank in enumerate(self._ranks) if rank.ended is None]
         with contextlib.suppress(OSError):
             self._send(do="signal", number=int(number), ranks=alive)
 

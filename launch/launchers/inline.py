@@ -7,6 +7,7 @@ import sys
 
 from ddpkit import world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, StopRequested
+from ddpkit.world import World
 
 from ..attempts import begin
 from ..plan import Plan
@@ -14,13 +15,14 @@ from ..plan import Plan
 
 def run(plan: Plan) -> int:
     """Do the job here. Exceptions pass through, so that a debugger stops where they are raised."""
-    from ddpkit import worker  # torch, only now
+    world.adopt(plan.env)  # before torch reads it
+    from ddpkit import worker
 
-    world.adopt(plan.env)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ddpkit").setLevel(logging.INFO)
     sys.path[0:1] = plan.job.search_path
-    attempt = begin(plan.run_dir, "inline", 1, plan.command) if plan.run_dir is not None else None
+    writes = plan.run_dir is not None and World.from_env().is_main  # of ranks that somebody else has started, one
+    attempt = begin(plan.run_dir, "inline", plan.world_size, plan.command) if plan.run_dir and writes else None
     options = plan.job.options | {"attempt": attempt.number if attempt else 0}
     try:
         worker.work(plan.job.kind, plan.job.config, options)

@@ -48,6 +48,27 @@ def test_golden_plans() -> None:
     assert _plan("launch.launcher=inline", env={}, cores=3).describe().startswith("launcher: inline\nranks: 1\n")
 
 
+def test_inline_ranks_that_somebody_else_has_started() -> None:
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"MASTER_ADDR": "h0", "MASTER_PORT": "1"}
+    plan = _plan("launch.launcher=inline", env=env)
+    assert (plan.nproc, plan.nnodes, plan.world_size) == (2, 2, 4)
+    assert plan.env == {"OMP_NUM_THREADS": "4"}  # the loopback would not do
+    for launcher in ("local", "torchrun"):
+        with pytest.raises(UserError, match=r"this process is rank 3 of 4 already \(torchrun, ddpkit or a person, by"):
+            _plan(f"launch.launcher={launcher}", env=env)
+
+
+def test_a_launcher_on_each_node() -> None:
+    env = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    env |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "MASTER_ADDR": "h0"}
+    meet = ("launch.launcher=torchrun", "launch.nproc_per_node=4", "launch.nnodes=2", "launch.rdzv_endpoint=h0:1")
+    assert _plan(*meet, env=env).describe() == (
+        "launcher: torchrun\nranks: 8\nnodes: 2, which meet at h0:1\nmax_restarts: 0\n"
+        "job: script train.py\nenv: OMP_NUM_THREADS=2"
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "gpus", "words"),
     [

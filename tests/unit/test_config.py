@@ -286,7 +286,7 @@ def test_all_problems_come_at_once_each_with_its_line(write: Callable[..., str])
         "x.yaml:4: data.global_batch_size: expected an integer of at least 1, got true (bool)",
         "x.yaml:8: train.epochs: expected an integer of at least 1 or null, got 'ten' (str)",
         "x.yaml:9: train.max_step: unknown key; did you mean 'max_steps'? (the keys of train: "
-        "step, eval_step, "
+        "step, eval_step, metrics, "
         "epochs, max_steps, eval_every, precision, clip_grad_norm, deterministic, callbacks)",
     ]
 
@@ -634,10 +634,7 @@ def test_defaults_that_cannot_be_followed(write: Callable[..., str], defaults: s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("launch.launcher=slurm", "launch.launcher: 'slurm' is not built yet; choose inline or local"),
-        ("launch.launcher=torchrun", "launch.launcher: 'torchrun' is not built yet; choose inline or local"),
-        ("launch.nnodes=2", "launch.nnodes: 2 is not built yet; leave it at 1"),
-        ("launch.rdzv_endpoint=host:1", "launch.rdzv_endpoint: 'host:1' is not built yet"),
+        ("launch.launcher=slurm", "launch.launcher: 'slurm' is not built yet; choose inline, local or torchrun"),
         ("model.parallel=fsdp2", "model.parallel: 'fsdp2' is not built yet; choose ddp"),
         ("model.ema_decay=0.9", "model.ema_decay: 0.9 is not built yet"),
         ("model.init_from={path: x.pt}", "model.init_from: this is not built yet"),
@@ -664,7 +661,7 @@ def test_what_is_built_is_not_refused(write: Callable[..., str]) -> None:
     tree: Any = configs.to_tree(config)
     tree["launch"]["launcher"] = "slurm"
     assert configs.unsupported(configs.from_tree(tree)) == [
-        "launch.launcher: 'slurm' is not built yet; choose inline or local"
+        "launch.launcher: 'slurm' is not built yet; choose inline, local or torchrun"
     ]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import pytest
 
+from ddpkit import slurm
 from ddpkit.errors import UserError
-from ddpkit.world import World, thread_and_network_defaults
+from ddpkit.world import World, tasks_per_node, thread_and_network_defaults
 
 RANK_3 = {
     "RANK": "3",
@@ -15,6 +19,40 @@ RANK_3 = {
     "MASTER_ADDR": "h0",
     "MASTER_PORT": "1234",
 }
+
+# As srun sets them for the second task of the second node.
+STEP = {
+    "SLURM_CLUSTER_NAME": "c",
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "n[1-2]",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_NTASKS": "8",  # of the job
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+ONE_NODE = STEP | {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_LOCALID": "3"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "1677328385",
+}
+HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+
+
+def _numbers(world: World) -> tuple[int, int, int, int]:
+    return world.rank, world.world_size, world.local_rank, world.local_world_size
+
+
+@pytest.fixture(autouse=True)
+def scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(*arguments: str) -> str:
+        return {"hostnames": "n1\nn2\n", "node": "NodeName=n1 NodeAddr=10.0.0.7 NodeHostName=x"}[arguments[1]]
+
+    monkeypatch.setattr(slurm, "_scontrol", answer)
 
 
 def test_no_launcher_is_a_world_of_one() -> None:
@@ -67,6 +105,114 @@ def test_half_set_and_contradicting_variables_are_named(changes: dict[str, str |
     env = {name: value for name, value in (RANK_3 | changes).items() if value is not None}
     with pytest.raises(UserError, match=words):
         World.from_env(env)
+
+
+def test_a_slurm_step() -> None:
+    world = World.from_env(STEP)
+    assert _numbers(world) == (3, 4, 1, 2)
+    assert (world.master_addr, world.master_port, world.job) == ("10.0.0.7", None, "slurm c/17/0/")
+    assert world.source.startswith("a Slurm step, by SLURM_JOB_ID=17, SLURM_STEP_ID=0, SLURM_PROCID=3")
+    assert World.from_env(ONE_NODE).master_addr == "127.0.0.1"
+
+
+def test_every_step_and_every_restart_is_another_job() -> None:
+    others = [{"SLURM_JOB_ID": "18"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "1"}, {"SLURM_CLUSTER_NAME": "d"}]
+    assert len({World.from_env(ONE_NODE | other).job for other in [{}, *others]}) == 5
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        # The batch shell of sbatch, and what an allocation leaks into a python of one's own.
+        {"SLURM_JOB_ID": "17", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"},
+        {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_TASKS_PER_NODE": "2(x2)"},
+        STEP | {"SLURM_STEP_ID": str(0xFFFFFFFA)},  # the shell of an interactive salloc
+    ],
+)
+def test_inside_slurm_without_a_step_is_one_process(env: dict[str, str]) -> None:
+    world = World.from_env(env)
+    assert _numbers(world) == (0, 1, 0, 1)
+    assert "in Slurm's job 17, but not started by srun" in world.source
+
+
+def test_mpi() -> None:
+    for env, who in ((OPEN_MPI, "Open MPI, by OMPI_COMM_WORLD_RANK=1"), (HYDRA, "MPICH or a relative")):
+        world = World.from_env(env)
+        assert _numbers(world) == (1, 2, 1, 2)
+        assert (world.master_addr, world.master_port) == ("127.0.0.1", None)
+        assert world.source.startswith(who)
+    assert World.from_env(OPEN_MPI).job == "openmpi 1677328385"
+    assert World.from_env(HYDRA).job == f"hydra {os.getppid()}"
+    far = {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "MASTER_ADDR": "h0"}
+    assert World.from_env(OPEN_MPI | far).nnodes == 2
+
+
+@pytest.mark.parametrize(
+    ("env", "source"),
+    [
+        (STEP | RANK_3, "torchrun, ddpkit or a person"),
+        (OPEN_MPI | RANK_3, "torchrun, ddpkit or a person"),
+        (STEP | OPEN_MPI, "Open MPI"),  # mpirun starts its own helpers by srun
+        (STEP | HYDRA, "MPICH"),
+        (STEP | {"PMI_RANK": "3", "PMI_SIZE": "4"}, "a Slurm step"),  # srun --mpi=pmi2
+    ],
+)
+def test_the_innermost_launcher_decides(env: dict[str, str], source: str) -> None:
+    assert World.from_env(env).source.startswith(source)
+
+
+def test_a_master_that_was_chosen_is_taken() -> None:
+    chosen = {"MASTER_ADDR": "h9", "MASTER_PORT": "77"}
+    for env in (STEP, OPEN_MPI, HYDRA):
+        world = World.from_env(env | chosen)
+        assert (world.master_addr, world.master_port) == ("h9", 77)
+
+
+@pytest.mark.parametrize(
+    ("env", "changes", "words"),
+    [
+        *(
+            (STEP, {name: None}, rf"sets SLURM_STEP_ID=0 but not {name}: srun sets all")
+            for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE")
+        ),
+        (STEP, {"SLURM_STEP_NODELIST": None}, r"sets SLURM_STEP_ID but not SLURM_STEP_NODELIST"),
+        (STEP, {"SLURM_PROCID": "4"}, r"SLURM_PROCID=4 is not within SLURM_STEP_NUM_TASKS=4"),
+        (STEP, {"SLURM_LOCALID": "2"}, r"SLURM_LOCALID=2 is not within"),
+        (STEP, {"SLURM_PROCID": "2"}, r"SLURM_PROCID=2 and SLURM_LOCALID=1 do not fit.*--distribution=block"),
+        (STEP, {"SLURM_STEP_NUM_TASKS": "8"}, r"TASKS_PER_NODE=2\(x2\) and SLURM_STEP_NUM_TASKS=8 contradict"),
+        (STEP, {"SLURM_STEP_TASKS_PER_NODE": "3,1"}, r"TASKS_PER_NODE=3,1: every node needs the same number"),
+        (STEP, {"SLURM_STEP_TASKS_PER_NODE": "2x2"}, r"TASKS_PER_NODE='2x2' in the environment is not of the form"),
+        (STEP, {"SLURM_STEP_ID": "x"}, r"SLURM_STEP_ID='x'"),
+        *((OPEN_MPI, {name: None}, rf"but not {name}: mpirun sets") for name in list(OPEN_MPI)[:4]),
+        *((HYDRA, {name: None}, rf"but not {name}: mpiexec sets") for name in HYDRA),
+        (OPEN_MPI, {"OMPI_COMM_WORLD_SIZE": "1"}, r"OMPI_COMM_WORLD_RANK=1 is not within OMPI_COMM_WORLD_SIZE=1"),
+        (OPEN_MPI, {"PMIX_NAMESPACE": None}, r"OMPI_COMM_WORLD_SIZE=2 needs MASTER_PORT as well"),
+        (HYDRA, {"PMI_SIZE": "4", "PMI_RANK": "3"}, r"PMI_SIZE=4 on 2 machines needs MASTER_ADDR"),
+        (RANK_3, {"LOCAL_RANK": "0"}, r"RANK=3 and LOCAL_RANK=0 do not fit LOCAL_WORLD_SIZE=2"),
+    ],
+)
+def test_what_srun_and_mpirun_set_is_whole(env: dict[str, str], changes: dict[str, Any], words: str) -> None:
+    changed = {name: value for name, value in (env | changes).items() if value is not None}
+    with pytest.raises(UserError, match=words):
+        World.from_env(changed)
+
+
+def test_tasks_per_node() -> None:
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("8") == [8]
+    assert tasks_per_node("1(x2),3,1(x1)") == [1, 1, 3, 1]
+    for text in ("", "2(x0)", "0", "2(x3", "2, 1", "(x2)"):
+        with pytest.raises(UserError, match="SLURM_STEP_TASKS_PER_NODE"):
+            tasks_per_node(text)
+
+
+def test_scontrol_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        UserError, match=r"scontrol show hostnames n\[1-2\]. does not say where rank 0 is.*Set MASTER_ADDR"
+    ):
+        World.from_env(STEP)
 
 
 def test_defaults_leave_what_the_user_has_set() -> None:

@@ -1,0 +1,173 @@
+"""The process in which torch's elastic agent runs; it starts the ranks of one machine and may start them again.
+
+The agent has a thread of its own, since it would take over the signals of the main one, which serves the launcher
+as `node` does: it hands out orders, passes on signals, tells how ranks have ended, and ends all that was started here
+when the launcher is gone. What is known of a rank comes from itself: `agent_rank` says its pid as the first thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ddpkit.orphans import on_parents_death
+
+from .job import STOP_SIGNALS
+from .lines import Lines
+from .node import end_descendants
+
+_PR_SET_CHILD_SUBREAPER = 36
+_LOOK_AT_PARENT_S = 1.0  # as in `node`
+_LOOK_AT_RANKS_S = 0.5  # the agent's own look; ours is told by the kernel
+_JOIN_S = 900  # for the agents of all machines to come, as torchrun waits
+_RUN_ID = "ddpkit"  # the same on all machines
+
+
+def main(control_fd: str, settings: str) -> int:
+    """Serve one launcher until it says to end, or is gone."""
+    control = socket.socket(fileno=int(control_fd))
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in STOP_SIGNALS:  # the launcher alone says what a stop means
+        signal.signal(number, lambda *_: None)
+    on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
+    importlib.import_module("torch.distributed.launcher.api")
+    on_parents_death(0)
+    with tempfile.TemporaryDirectory(prefix="ddpkit-agent-") as scratch:
+        agent = _Agent(control, json.loads(settings), scratch)
+        try:
+            agent.serve()
+        finally:
+            end_descendants()
+    os._exit(0)  # the agent's thread may be anywhere, in a rendezvous that never comes about for one
+
+
+class _Agent:
+    def __init__(self, control: socket.socket, settings: dict[str, Any], scratch: str) -> None:
+        self._control = control
+        self._settings = settings
+        self._scratch = scratch
+        self._lines = Lines()
+        self._sending = threading.Lock()
+        self._parent = os.getppid()
+        self._born, self._births = os.pipe()  # ranks say their names here
+        self._birth_lines = Lines()
+        self._orders = [os.pipe() for _ in range(settings["nproc"])]
+        self._waiting: dict[int, dict[str, int]] = {}
+        self._ranks: dict[int, int] = {}  # local rank -> pid, of those that have their orders
+        self._job: int | None = None
+
+    def serve(self) -> None:
+        """Handle orders, and what ranks and the agent say, until the launcher wants no more."""
+        threading.Thread(target=self._elastic, name="elastic-agent", daemon=True).start()
+        while True:
+            ready, _, _ = select.select([self._control.fileno(), self._born], [], [], _LOOK_AT_PARENT_S)
+            if os.getppid() != self._parent:
+                return
+            if self._born in ready:
+                self._take_births()
+            if self._control.fileno() in ready and not self._take_orders():
+                return
+
+    def _elastic(self) -> None:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        # Its warnings and errors repeat what our own report says, without the cause.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        # Ranks inherit this: a stop that comes early waits until they can stop in order.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        alone = self._settings["nnodes"] == 1
+        config = LaunchConfig(
+            min_nodes=self._settings["nnodes"],
+            max_nodes=self._settings["nnodes"],
+            nproc_per_node=self._settings["nproc"],
+            run_id=uuid.uuid4().hex if alone else _RUN_ID,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0" if alone else self._settings["endpoint"],
+            rdzv_configs={"timeout": _JOIN_S},
+            local_addr="127.0.0.1" if alone else None,
+            max_restarts=self._settings["max_restarts"],
+            monitor_interval=_LOOK_AT_RANKS_S,
+            logs_specs=DefaultLogsSpecs(log_dir=self._scratch),
+        )
+        asked = self._settings["nnodes"] * self._settings["nproc"]
+        places = {"births": self._births, "orders": [reader for reader, _ in self._orders], "world_size": asked}
+        child = str(Path(__file__).with_name("child.py"))
+        try:
+            elastic_launch(config, sys.executable)(child, "agent_rank", json.dumps(places))
+        except ChildFailedError:
+            self._tell_problem("the ranks ended before they had begun")
+        except Exception as error:  # noqa: BLE001 - whatever keeps the agents from meeting goes to the user
+            self._tell_problem(f"torch's elastic agent gave up: {type(error).__name__}: {error}")
+
+    def _tell_problem(self, text: str) -> None:
+        # Ranks that have had their orders have reports of their own, and the launcher has been told of their ends.
+        if not self._ranks:
+            self._tell(problem=text)
+
+    def _take_births(self) -> None:
+        for birth in map(json.loads, self._birth_lines.feed(os.read(self._born, 1 << 16))):
+            self._waiting[birth["local_rank"]] = birth
+        if len(self._waiting) == self._settings["nproc"]:
+            first = self._waiting[0]["rank"]
+            self._tell(first=first, started={str(first + place): each["pid"] for place, each in self._waiting.items()})
+
+    def _take_orders(self) -> bool:
+        try:
+            data = self._control.recv(1 << 20)
+        except ConnectionError:
+            return False
+        for order in map(json.loads, self._lines.feed(data)):
+            if order["do"] == "start":
+                self._start(order["job"], order["ranks"])
+            elif order["do"] == "signal":
+                self._signal(order["number"], order["ranks"])
+            elif order["do"] == "end":
+                return False
+        return bool(data)
+
+    def _start(self, job: dict[str, Any], orders: list[dict[str, Any]]) -> None:
+        if self._job is not None:
+            os.close(self._job)
+        self._job = os.memfd_create("ddpkit-job")  # as large as what a call is given
+        with os.fdopen(os.dup(self._job), "w") as file:
+            json.dump(job, file)
+        self._ranks = {place: birth["pid"] for place, birth in self._waiting.items()}
+        self._waiting = {}
+        for place, pid in self._ranks.items():
+            threading.Thread(target=self._await_end, args=(place, pid), daemon=True).start()
+            line = json.dumps({"pid": pid, "job": self._job, "order": orders[place]})
+            os.write(self._orders[place][1], line.encode() + b"\n")
+
+    def _await_end(self, place: int, pid: int) -> None:
+        try:
+            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the agent itself takes the status away
+            assert ended is not None  # without WNOHANG it waits
+            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        except ChildProcessError:
+            status = 1  # the agent was faster, by less than its own look takes; it was an end that counts as failure
+        self._tell(ended=place, status=status, when=time.monotonic())
+
+    def _signal(self, number: int, places: list[int]) -> None:
+        for place in places:
+            with contextlib.suppress(ProcessLookupError, KeyError):
+                os.kill(self._ranks[place], number)
+
+    def _tell(self, **message: Any) -> None:
+        with self._sending, contextlib.suppress(OSError):  # the launcher is gone; `serve` sees it
+            self._control.sendall(json.dumps(message).encode() + b"\n")

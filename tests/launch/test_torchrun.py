@@ -1,0 +1,229 @@
+"""``--launcher torchrun``, ``launch.torchrun``, and ranks that an external ``torchrun`` has started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+import launch
+from launch.calls import RankError
+from tests.launch.shell import Shell, finish, wait_for
+
+TORCHRUN = ("--launcher", "torchrun", "--nproc-per-node", "2")
+
+ONCE = """
+import os, torch, torch.distributed as dist
+
+dist.init_process_group("gloo")
+rank, count = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
+dist.barrier()
+print("attempt", count, flush=True)
+if rank == 1 and count == "0":
+    os.kill(os.getpid(), 9)
+dist.all_reduce(torch.ones(1))
+dist.destroy_process_group()
+"""
+
+LONG: dict[str, Any] = {
+    "launch": {"launcher": "torchrun", "nproc_per_node": 2},
+    "data": {
+        "train": {"factory": "tests.toy:dataset", "args": {"length": 4096}},
+        "global_batch_size": 16,
+        "loader": {"num_workers": 1},
+    },
+    "train": {"step": "tests.toy:slow_step", "epochs": 50},
+}
+
+
+class OwnError(Exception):
+    """Its type is raised again in the caller."""
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_a_restart_with_gloo_on_one_node(shell: Shell) -> None:
+    shell.script("once.py", ONCE)
+    done = shell.run("launch", *TORCHRUN, "-o", "launch.max_restarts=1", "--run-dir", "kept", "once.py")
+    assert (done.returncode, done.stdout) == (0, "attempt 0\nattempt 1\n"), done.stderr
+    assert done.stderr.count(f"rank 1 on {socket.gethostname()} failed: SIGKILL") == 1
+    attempts = [_json(shell.cwd / f"kept/attempts/attempt-{number}.json") for number in (0, 1)]
+    assert [attempt["exit_code"] for attempt in attempts] == [1, 0]
+    assert (attempts[1]["launcher"], attempts[1]["ranks"]) == ("torchrun", 2)
+    assert (shell.cwd / "kept/logs/attempt-1/rank-1.log").read_text() == "attempt 1\n"
+
+
+def test_a_failure_is_reported_once(shell: Shell) -> None:
+    shell.script(
+        "fail.py",
+        "import os, time\nif os.environ['RANK'] == '1': raise ValueError('the cause')\ntime.sleep(1000)\n",
+    )
+    done = shell.run("launch", *TORCHRUN, "--run-dir", "kept", "fail.py")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("rank 1 on ") == 1 and "ValueError: the cause" in done.stderr
+    assert done.stderr.count("Traceback (most recent call last)") == 1
+    assert "torch/distributed" not in done.stderr and "launch/rank.py" not in done.stderr
+    assert (_json(shell.cwd / "kept/failure.json")["rank"], len(list((shell.cwd / "kept/logs").iterdir()))) == (1, 1)
+
+
+@pytest.mark.slow
+def test_restarts_are_counted_and_input_errors_are_final(shell: Shell) -> None:
+    shell.script("always.py", "import os; print('here', flush=True); os._exit(9)")
+    done = shell.run("launch", *TORCHRUN, "-o", "launch.max_restarts=2", "always.py")
+    assert (done.returncode, done.stdout) == (1, "here\n" * 3)
+    assert done.stderr.count("restarting all ranks") == 2
+    shell.script("wrong.py", "import ddpkit.errors\nraise ddpkit.errors.UserError('--lr is missing; give one')\n")
+    done = shell.run("launch", *TORCHRUN, "-o", "launch.max_restarts=2", "wrong.py")
+    assert (done.returncode, done.stderr) == (2, "ddpkit: --lr is missing; give one\n")
+
+
+def _steps(shell: Shell) -> int:
+    metrics = shell.cwd / "run/metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    ids=["term", "int"],
+)
+def test_an_agreed_stop(shell: Shell, number: int, code: int) -> None:
+    shell.config(**LONG | {"launch": {"launcher": "torchrun", "nproc_per_node": 2, "max_restarts": 1}})
+    child = shell.start("run", "config.yaml")
+    wait_for(lambda: _steps(shell) > 0 or child.poll() is not None, "steps")
+    child.send_signal(number)
+    done = finish(child)
+    assert done.returncode == code, done.stderr
+    assert f"stopped on request ({signal.Signals(number).name}), state saved" in done.stderr
+    assert "Traceback" not in done.stderr and "restarting" not in done.stderr
+    assert list((shell.cwd / "run/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("agent", marks=pytest.mark.slow)])
+def test_sigkill_leaves_nothing(shell: Shell, victim: str) -> None:
+    shell.config(**LONG)
+    child = shell.start("run", "config.yaml")
+    wait_for(lambda: _steps(shell) > 0 or child.poll() is not None, "steps")
+    launcher = psutil.Process(child.pid)
+    [agent] = launcher.children()
+    assert len(launcher.children(recursive=True)) >= 5  # the agent, two ranks, two loader workers
+    (launcher if victim == "launcher" else agent).kill()
+    done = finish(child, 20)
+    assert done.returncode == (-9 if victim == "launcher" else 1)
+    shell.assert_nothing_left(within_s=5)
+
+
+def test_the_command_line_imports_no_torch(shell: Shell) -> None:
+    shell.config(**LONG)
+    code = (
+        "import sys, importlib; sys.argv = ['ddpkit', 'run', 'config.yaml', '--dry-run']\n"
+        "import ddpkit.__main__ as main\n"
+        "try: main.main()\n"
+        "except SystemExit as leaving: print(leaving.code, 'torch' in sys.modules)\n"
+    )
+    done = shell.run(prefix=(sys.executable, "-c", code))
+    assert done.stdout.endswith("0 False\n"), done.stderr
+    assert "launcher: torchrun\nranks: 2\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "words"),
+    [
+        (("-o", "launch.nnodes=2"), {}, "launch.rdzv_endpoint: 2 machines need a place to meet"),
+        (("-o", "launch.rdzv_endpoint=h:1"), {}, "launch.rdzv_endpoint: h:1 is for launch.launcher=torchrun with"),
+        (("--launcher", "local", "-o", "launch.nnodes=2"), {}, "launch.nnodes: 2 machines, but the local launcher"),
+        ((), {"PMI_RANK": "1", "PMI_SIZE": "2"}, "the environment sets PMI_RANK=1 but not MPI_LOCALRANKID"),
+        (
+            (),
+            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+            "launch.launcher: this process is rank 1 of 2 already (MPICH",
+        ),
+    ],
+)
+def test_refusals(shell: Shell, options: tuple[str, ...], env: dict[str, str], words: str) -> None:
+    shell.config(launch={"launcher": "torchrun", "nproc_per_node": 2})
+    done = shell.run("run", "config.yaml", *options, env=env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert words in done.stderr
+
+
+def _on_ranks(x: int) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    rank, count = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    dist.init_process_group("gloo")
+    total = torch.tensor(float(x + rank))
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    if x == 0 or count < x - 4:
+        raise OwnError("of rank", rank)
+    return total.item(), count
+
+
+def test_a_function_on_ranks() -> None:
+    assert launch.torchrun(_on_ranks, 5, nproc_per_node=2, max_restarts=1) == [(11.0, 1)] * 2
+
+
+@pytest.mark.slow
+def test_a_function_that_fails_keeps_its_type() -> None:
+    with pytest.raises(OwnError, match="of rank") as caught:
+        launch.torchrun(_on_ranks, 0, nproc_per_node=1)
+    assert isinstance(caught.value.__cause__, RankError)
+
+
+# ---------------------------------------------------------------------- several machines: several launchers
+
+
+def _port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_launchers_are_one_world_and_restart_together(shell: Shell) -> None:
+    shell.script("once.py", ONCE)
+    meet = ("--nnodes", "2", "-o", f"launch.rdzv_endpoint=127.0.0.1:{_port()}", "-o", "launch.max_restarts=1")
+    command = ("launch", "--launcher", "torchrun", "--nproc-per-node", "1", *meet)
+    children = [shell.start(*command, "--run-dir", f"kept-{node}", "once.py") for node in range(2)]
+    ends = [finish(child, 100) for child in children]
+    assert [end.returncode for end in ends] == [0, 0], [end.stderr for end in ends]
+    logs = {path.name for path in shell.cwd.glob("kept-*/logs/attempt-1/*")}
+    assert logs == {"rank-0.log", "rank-1.log"}
+
+
+# ---------------------------------------------------------------------- an external torchrun
+
+
+def _external(*arguments: str) -> tuple[str, ...]:
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return (*torchrun, "--no-python", sys.executable, "-m", "ddpkit", *arguments)
+
+
+def _values(run_dir: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def test_inline_ranks_of_an_external_torchrun(shell: Shell) -> None:
+    shell.config()
+    inline = ("run", "config.yaml", "--launcher", "inline")
+    done = shell.run(prefix=_external(*inline, "-o", "train.epochs=2"))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (shell.cwd / "run/attempts").iterdir()] == ["attempt-0.json"]
+    assert _json(shell.cwd / "run/attempts/attempt-0.json")["ranks"] == 2
+    # Half of it, and the other half under our own launcher: the same bits.
+    half = shell.run(prefix=_external(*inline, "-o", "train.epochs=1", "-o", "run_dir=other"))
+    assert half.returncode == 0, half.stderr
+    done = shell.run("run", "config.yaml", "-o", "train.epochs=2", "-o", "run_dir=other", "--launcher", "torchrun")
+    assert done.returncode == 0, done.stderr
+    assert _values(shell.cwd / "other") == _values(shell.cwd / "run")
