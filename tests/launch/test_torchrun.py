@@ -51,6 +51,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_restart_with_gloo_on_one_node(shell: Shell) -> None:
     shell.script("once.py", ONCE)
     done = shell.run("launch", *TORCHRUN, "-o", "launch.max_restarts=1", "--run-dir", "kept", "once.py")
@@ -91,6 +92,7 @@ def _steps(shell: Shell) -> int:
     return len(metrics.read_text().splitlines()) if metrics.exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
@@ -108,7 +110,8 @@ def test_an_agreed_stop(shell: Shell, number: int, code: int) -> None:
     assert list((shell.cwd / "run/checkpoints").glob("step-*"))
 
 
-@pytest.mark.parametrize("victim", ["launcher", pytest.param("agent", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["launcher", "agent"])
 def test_sigkill_leaves_nothing(shell: Shell, victim: str) -> None:
     shell.config(**LONG)
     child = shell.start("run", "config.yaml")
@@ -214,6 +217,7 @@ def _values(run_dir: Path) -> list[Any]:
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
+@pytest.mark.slow
 def test_inline_ranks_of_an_external_torchrun(shell: Shell) -> None:
     shell.config()
     inline = ("run", "config.yaml", "--launcher", "inline")

@@ -65,7 +65,18 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], list[Fault]]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# Left to the slower suites, so that the README's test command stays quick.
+SLOW = {
+    "evaluation by steps, an end in mid-epoch",
+    "a stream",
+    "batch statistics of each rank's own, half precision",
+    "clipped, decayed, three ranks",
+}
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in VARIANTS]
+)
 def test_a_killed_run_ends_with_the_same_bits(variant: str, tmp_path: Path) -> None:
     ranks, changes, faults = VARIANTS[variant]
     assert start(tree(tmp_path / "reference", **changes), ranks) == "done"
