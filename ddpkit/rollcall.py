@@ -7,6 +7,7 @@ that its main thread is at, whatever that one is doing; only a process that is s
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -20,8 +21,9 @@ from ddpkit.errors import DdpkitError
 
 _ASKED = "rollcall/asked"
 _WAIT_S = 2.0  # the threads look every fifth of a second
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent)
+# With the separator: the user's own folder may begin with the same letters.
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OURS = str(Path(__file__).parent) + os.sep
 
 
 class CollectiveTimeout(DdpkitError):
