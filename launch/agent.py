@@ -8,7 +8,6 @@ when the launcher is gone. What is known of a rank comes from itself: `agent_ran
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import logging
@@ -24,13 +23,12 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ddpkit.orphans import on_parents_death
+from ddpkit.orphans import adopt_orphans, on_parents_death
 
 from .job import STOP_SIGNALS
 from .lines import Lines
 from .node import end_descendants
 
-_PR_SET_CHILD_SUBREAPER = 36
 _LOOK_AT_PARENT_S = 1.0  # as in `node`
 _LOOK_AT_RANKS_S = 0.5  # the agent's own look; ours is told by the kernel
 _JOIN_S = 900  # for the agents of all machines to come, as torchrun waits
@@ -40,7 +38,7 @@ _RUN_ID = "ddpkit"  # the same on all machines
 def main(control_fd: str, settings: str) -> int:
     """Serve one launcher until it says to end, or is gone."""
     control = socket.socket(fileno=int(control_fd))
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     for number in STOP_SIGNALS:  # the launcher alone says what a stop means
         signal.signal(number, lambda *_: None)
     on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up

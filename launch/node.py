@@ -13,7 +13,6 @@ then ends what the ranks had started.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -32,13 +31,12 @@ from typing import Any
 import psutil
 
 from ddpkit import rendezvous, world
-from ddpkit.orphans import die_with_parent, end_session, on_parents_death
+from ddpkit.orphans import adopt_orphans, die_with_parent, end_session, on_parents_death
 
 from . import rank as rank_process
 from .job import STOP_SIGNALS, Job, RankOrder
 from .lines import Lines
 
-_PR_SET_CHILD_SUBREAPER = 36
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
 
 
@@ -46,7 +44,7 @@ def main(control_fd: str, start_method: str) -> int:
     """Serve one launcher until it says to end, or is gone."""
     control = socket.socket(fileno=int(control_fd))
     # Orphans of ranks (loader workers of plain scripts) come to this process, which can then end them.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     # Cluster managers signal every process of a job; the launcher alone says what a stop means. Handlers and not
     # SIG_IGN, which a rank that is started anew would inherit through exec.
     for number in STOP_SIGNALS:
