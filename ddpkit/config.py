@@ -137,6 +137,12 @@ class Launch(Section):
     """host:port at which several machines meet (torchrun)."""
     cpus_per_rank: Count | None = None
     """Cores for each rank; null: the machine's, shared out evenly."""
+    warning_signal: Literal["USR1", "USR2", "HUP"] = "USR2"
+    """slurm: the signal that comes before the time limit, and asks all ranks to stop and save."""
+    max_idle_requeues: int = Field(default=3, ge=0, lt=2**31)
+    """slurm: how often in a row a job comes back (after a preemption, a time limit) without having got any further."""
+    snapshot: bool = False
+    """slurm: whether the job runs a copy of the code, taken when it is submitted, instead of what is there by then."""
     slurm: dict[str, JsonValue] = {}
     """Options of the Slurm submission by submitit's names; the prefix `slurm_` may be left out."""
 

@@ -4,10 +4,72 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
+from dataclasses import dataclass
 
-from ddpkit.errors import UserError
+from ddpkit.errors import DdpkitError, UserError
 
 _COMMAND_S = 60.0  # a busy controller lets its clients wait
+
+
+class SlurmFailed(DdpkitError):
+    """One of Slurm's commands failed; the message has its words."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says about a job.
+
+    Attributes:
+        state: as Slurm spells it: PENDING, RUNNING, COMPLETING, COMPLETED, TIMEOUT, ...
+        reason: why it is pending, or ends as it does ("TimeLimit").
+        restarts: how often it was started again; grows as soon as it is to be.
+        is_requeueable: a batch job that Slurm may start again.
+        is_preempted: it has been told to make room, and has the partition's grace time for that.
+        ends_at: when Slurm will end it, in seconds since the epoch; None if it has no limit. In a preemption the end of
+            the grace time.
+    """
+
+    state: str
+    reason: str
+    restarts: int
+    is_requeueable: bool
+    is_preempted: bool
+    ends_at: float | None
+
+
+def job_state(job_id: str) -> JobState:
+    """Ask the controller. Takes milliseconds, but a busy one may let us wait: not for a signal handler, or the loop.
+
+    Raises:
+        SlurmFailed: it does not answer, or no longer knows the job.
+    """
+    said = _run("scontrol", "show", "job", "--oneliner", job_id)
+    return read_job_state(said)
+
+
+def read_job_state(said: str) -> JobState:
+    """Read one line of ``scontrol show job --oneliner``."""
+    fields = dict(field.split("=", 1) for field in said.split() if "=" in field)
+    ends = fields.get("EndTime", "Unknown")
+    return JobState(
+        state=fields["JobState"],
+        reason=fields.get("Reason", "None"),
+        restarts=int(fields.get("Restarts", 0)),
+        is_requeueable=fields.get("Requeue") == "1" and fields.get("BatchFlag") == "1",
+        is_preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown"),
+        # Local time, as this machine's Slurm commands print it; there is no zone in it.
+        ends_at=None if ends in ("Unknown", "None") else time.mktime(time.strptime(ends, "%Y-%m-%dT%H:%M:%S")),
+    )
+
+
+def requeue(job_id: str) -> None:
+    """Have Slurm end a batch job and start it again, with the same id.
+
+    Raises:
+        SlurmFailed: it would not.
+    """
+    _run("scontrol", "requeue", job_id, may_be_silent=True)
 
 
 def first_address(nodes: str) -> str:
@@ -18,24 +80,24 @@ def first_address(nodes: str) -> str:
     Raises:
         UserError: Slurm does not say.
     """
-    name, *_ = _scontrol("show", "hostnames", nodes).split()
-    shown = _scontrol("show", "node", "--oneliner", name)
+    try:
+        name, *_ = _run("scontrol", "show", "hostnames", nodes).split()
+        shown = _run("scontrol", "show", "node", "--oneliner", name)
+    except SlurmFailed as error:
+        raise UserError(
+            f"{error}; so it does not say where rank 0 is. Set MASTER_ADDR to the address of the step's first node."
+        ) from error
     found = re.search(r"\bNodeAddr=(\S+)", shown)
     if found is None:
         raise UserError(f"`scontrol show node {name}` names no NodeAddr; set MASTER_ADDR to the address of that node")
     return found[1]
 
 
-def _scontrol(*arguments: str) -> str:
-    command = ["scontrol", *arguments]
+def _run(*command: str, may_be_silent: bool = False) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, stdin=subprocess.DEVNULL)
-        problem = done.stderr.strip() if done.returncode or not done.stdout.strip() else None
     except (OSError, subprocess.TimeoutExpired) as error:
-        problem = str(error)
-    if problem is not None:
-        raise UserError(
-            f"`{' '.join(command)}` does not say where rank 0 is: {problem}. Set MASTER_ADDR to the address of the "
-            "step's first node."
-        )
+        raise SlurmFailed(f"`{' '.join(command)}`: {error}") from error
+    if done.returncode or not (done.stdout.strip() or may_be_silent):
+        raise SlurmFailed(f"`{' '.join(command)}`: {done.stderr.strip() or 'no answer'}")
     return done.stdout

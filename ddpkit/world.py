@@ -18,6 +18,18 @@ from ddpkit import slurm
 from ddpkit.errors import UserError
 
 
+class Allocation(NamedTuple):
+    """The Slurm job that a process is part of, however it was started there."""
+
+    job_id: str
+    restart_count: int
+    """How often Slurm has started the job again, with the same id."""
+    node: str | None
+    """Slurm's name of this node."""
+    array_index: int | None
+    """Which job of an array of jobs this is."""
+
+
 @dataclass(frozen=True)
 class World:
     """This rank, the ranks around it, and where they meet.
@@ -39,6 +51,11 @@ class World:
     """What these ranks have in common, and no others: where no port was given, they find each other's by it."""
     source: str = "one process: no launcher has set anything"
     """Where the numbers come from, for people."""
+    allocation: Allocation | None = None
+    """The Slurm job around this process, if there is one."""
+    has_launcher: bool = False
+    """A launcher (ddpkit's, torchrun, mpirun) stands between this process and whatever else: signals, ends and
+    restarts are its business as well."""
 
     @property
     def is_main(self) -> bool:
@@ -71,10 +88,8 @@ class World:
             UserError: some are set and others not, one is no number, or they contradict each other.
         """
         env = os.environ if env is None else env
-        for _, read in ENVIRONMENTS:
-            if (world := read(env)) is not None:
-                return world
-        return cls(source=_why_alone(env))
+        found = next((world for _, read in ENVIRONMENTS if (world := read(env)) is not None), None)
+        return replace(found or cls(source=_why_alone(env)), allocation=allocation(env))
 
     def to_env(self) -> dict[str, str]:
         """Give the variables that `from_env` reads, and that plain torch scripts expect."""
@@ -91,6 +106,15 @@ class World:
         if self.agent_store:
             env |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": self.restart_count}
         return {name: str(value) for name, value in env.items()}
+
+
+def allocation(env: Mapping[str, str]) -> Allocation | None:
+    """The Slurm job around a process with these variables, if there is one."""
+    if "SLURM_JOB_ID" not in env:
+        return None
+    restarts = _number(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0  # absent at first
+    index = _number(env, "SLURM_ARRAY_TASK_ID") if "SLURM_ARRAY_TASK_ID" in env else None
+    return Allocation(env["SLURM_JOB_ID"], restarts, env.get("SLURMD_NODENAME"), index)
 
 
 def environment() -> dict[str, str]:
@@ -168,6 +192,7 @@ def _standard(env: Mapping[str, str]) -> World | None:
             agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             restart_count=_number(env, "TORCHELASTIC_RESTART_COUNT") if "TORCHELASTIC_RESTART_COUNT" in env else 0,
             source=_told(env, "torchrun, ddpkit or a person", (*names, "TORCHELASTIC_RUN_ID")),
+            has_launcher=True,
         ),
     )
     _check(world, names, numbered_by_node="LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env)
@@ -205,7 +230,7 @@ def _hydra(env: Mapping[str, str]) -> World | None:
 def _mpi(env: Mapping[str, str], names: _Names, who: str, job: str | None) -> World:
     rank, world_size, local_rank, local_world_size = (_number(env, name) for name in names)
     told = _told(env, who, names)
-    world = _met(env, World(rank, world_size, local_rank, local_world_size, job=job, source=told))
+    world = _met(env, World(rank, world_size, local_rank, local_world_size, job=job, source=told, has_launcher=True))
     _check(world, names, numbered_by_node=True)
     if world.world_size > 1 and world.master_addr is None:
         if world.nnodes > 1:

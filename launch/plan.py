@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddpkit import world
 from ddpkit.config import Launch
@@ -20,12 +21,15 @@ class Plan:
     """A start of ranks.
 
     Attributes:
-        launcher: "inline", "local" or "torchrun".
+        launcher: "inline", "local", "torchrun" or "slurm".
         nproc: ranks on this machine.
         nnodes: machines.
         rdzv_endpoint: where several machines meet.
         start_method: "warm" or "spawn", of the local launcher.
         max_restarts: of a failed group.
+        max_idle_requeues: how often in a row a Slurm job comes back without having got further.
+        warning_signal: the name, without SIG, of what Slurm sends before the time limit.
+        slurm: options of the submission, by submitit's names.
         env: variables that every rank gets besides those that say who it is.
         job: what the ranks do.
         run_dir: where attempts, logs and failure reports go; None keeps none.
@@ -39,11 +43,29 @@ class Plan:
     rdzv_endpoint: str | None
     start_method: str
     max_restarts: int
+    max_idle_requeues: int
+    warning_signal: str
+    slurm: dict[str, Any]
     env: dict[str, str]
     job: Job
     run_dir: Path | None
     tee_all: bool
     command: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A tree that `from_json` takes back."""
+        run_dir = None if self.run_dir is None else str(self.run_dir)
+        return vars(self) | {"job": self.job.to_json(), "run_dir": run_dir}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Plan:
+        """The plan that `to_json` wrote."""
+        given = tree | {
+            "job": Job.from_json(tree["job"]),
+            "run_dir": None if tree["run_dir"] is None else Path(tree["run_dir"]),
+            "command": tuple(tree["command"]),
+        }
+        return cls(**given)
 
     @property
     def world_size(self) -> int:
@@ -108,6 +130,9 @@ def make(
         rdzv_endpoint=launch.rdzv_endpoint,
         start_method=launch.start_method,
         max_restarts=launch.max_restarts,
+        max_idle_requeues=launch.max_idle_requeues,
+        warning_signal=launch.warning_signal,
+        slurm=dict(launch.slurm),
         env=added,
         job=job,
         run_dir=run_dir,

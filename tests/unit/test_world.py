@@ -49,10 +49,10 @@ def _numbers(world: World) -> tuple[int, int, int, int]:
 
 @pytest.fixture(autouse=True)
 def scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
-    def answer(*arguments: str) -> str:
-        return {"hostnames": "n1\nn2\n", "node": "NodeName=n1 NodeAddr=10.0.0.7 NodeHostName=x"}[arguments[1]]
+    def answer(*command: str) -> str:
+        return {"hostnames": "n1\nn2\n", "node": "NodeName=n1 NodeAddr=10.0.0.7 NodeHostName=x"}[command[2]]
 
-    monkeypatch.setattr(slurm, "_scontrol", answer)
+    monkeypatch.setattr(slurm, "_run", answer)
 
 
 def test_no_launcher_is_a_world_of_one() -> None:
@@ -210,7 +210,7 @@ def test_scontrol_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(
-        UserError, match=r"scontrol show hostnames n\[1-2\]. does not say where rank 0 is.*Set MASTER_ADDR"
+        UserError, match=r"scontrol show hostnames n\[1-2\].*does not say where rank 0 is.*Set MASTER_ADDR"
     ):
         World.from_env(STEP)
 
