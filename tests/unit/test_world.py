@@ -76,7 +76,7 @@ def test_hand_set_variables_need_no_local_ones() -> None:
 def test_what_is_written_is_read_back() -> None:
     world = World(3, 4, 1, 2, "127.0.0.1", 5, agent_store=True, restart_count=2)
     again = World.from_env(world.to_env())
-    assert again == World(3, 4, 1, 2, "127.0.0.1", 5, True, 2, source=again.source)
+    assert again == World(3, 4, 1, 2, "127.0.0.1", 5, True, 2, source=again.source, has_launcher=True)
     assert World.from_env(World().to_env()).world_size == 1
 
 
