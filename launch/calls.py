@@ -14,7 +14,7 @@ from ddpkit.errors import DdpkitError, UserError
 
 from .attempts import report_failure
 from .elastic import ElasticNode
-from .job import Failure, Job
+from .job import Failure, Job, unpickled
 from .output import Output
 from .supervise import Node
 
@@ -103,7 +103,7 @@ def _call(
                 break
     if outcome.failures:
         _raise(outcome.failures)
-    return list(outcome.results)
+    return [unpickled(result) for result in outcome.results]
 
 
 def _raise(failures: tuple[Failure, ...]) -> None:
