@@ -51,6 +51,7 @@ class Outcome:
         results: what each rank's call returned, by rank ("call" jobs); in base64, by cloudpickle.
         stopped_by: the name of the signal that asked for the end, if one did.
         is_saved: the ranks have agreed on the stop, and saved their state.
+        has_lost_node: another node cannot be reached any more.
     """
 
     exit_code: int
@@ -58,6 +59,7 @@ class Outcome:
     results: tuple[str, ...] = ()
     stopped_by: str | None = None
     is_saved: bool = False
+    has_lost_node: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Place:
 
 
 @dataclass
-class _Rank:
+class Rank:
+    """A rank as its launcher sees it."""
+
     rank: int
     order: RankOrder
     readers: dict[str, int]
@@ -123,7 +127,7 @@ class Node:
         self._requests: list[int] = []
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
-        self._ranks: list[_Rank] = []
+        self._ranks: list[Rank] = []
         self._lost = False
         self._problem: str | None = None
         self._output = Output(None, tee_all=False)
@@ -252,8 +256,11 @@ class Node:
     def _some_failed(self) -> bool:
         return any(_failed(rank) for rank in self._ranks)
 
-    def _tell_failure(self, rank: _Rank) -> None:
-        """Called as soon as a rank has failed."""
+    def _tell_failure(self, rank: Rank) -> None:
+        """Called as soon as a rank has failed; for those who have to know at once."""
+
+    def _begin_stop(self) -> None:
+        """Called when the ranks are asked to stop, for the first time."""
 
     def _start(self, job: Job, restart_count: int) -> None:
         with rendezvous.listen() as listener:  # held from here on: no other process can take the port
@@ -302,13 +309,13 @@ class Node:
     def _results(self) -> tuple[str, ...]:
         return tuple(rank.result for rank in self._ranks)
 
-    def _failure_of(self, rank: _Rank) -> Failure:
+    def _failure_of(self, rank: Rank) -> Failure:
         if rank.failure is not None:
             return rank.failure
         assert rank.ended is not None  # or there would be no failure to tell of
         return self._failure(rank, rank.ended, _ENDED_BY_US if rank.was_ended else explain(rank.ended))
 
-    def _failure(self, rank: _Rank, exit_code: int, message: str, traceback: str = "") -> Failure:
+    def _failure(self, rank: Rank, exit_code: int, message: str, traceback: str = "") -> Failure:
         when = rank.when or time.monotonic()
         return Failure(rank.rank, socket.gethostname(), when, exit_code, message=message, traceback=traceback)
 
@@ -339,6 +346,7 @@ class Node:
                 return
             if self._requested is None:
                 self._requested, self._requested_at = signal.Signals(number).name, time.monotonic()
+                self._begin_stop()
             self._signal_all(number)
 
     def _hear(self) -> None:
@@ -363,7 +371,7 @@ class Node:
         elif "problem" in message:
             self._problem, self._lost = message["problem"], True
 
-    def _read(self, rank: _Rank, name: str) -> None:
+    def _read(self, rank: Rank, name: str) -> None:
         # Once, not until there is nothing: one that never stops writing must not hold up signals and failures.
         try:
             data = os.read(rank.readers[name], _PIECE)
@@ -379,7 +387,7 @@ class Node:
         else:
             self._output.write(rank.rank, name, data)
 
-    def _take_report(self, rank: _Rank, data: bytes) -> None:
+    def _take_report(self, rank: Rank, data: bytes) -> None:
         for message in map(json.loads, rank.report.feed(data)):
             if "failure" in message:
                 rank.failure = Failure.from_json(message["failure"])
@@ -396,6 +404,21 @@ class Node:
 
     def _send(self, **message: Any) -> None:
         self._control.sendall(json.dumps(message).encode() + b"\n")
+
+
+def signal_number(name: str) -> signal.Signals:
+    """The signal called ``name``, without SIG."""
+    return signal.Signals[f"SIG{name}"]
+
+
+@contextlib.contextmanager
+def holding_back(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Let signals wait until the end of the context. What is started meanwhile never gets them, unless it asks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -461,7 +484,7 @@ def explain(status: int) -> str:
     return f"{name} ({meaning})" if meaning else name
 
 
-def _failed(rank: _Rank) -> bool:
+def _failed(rank: Rank) -> bool:
     return rank.failure is not None or rank.ended not in (None, EXIT_DONE, EXIT_STOPPED)
 
 
@@ -469,7 +492,7 @@ def _died_of(failure: Failure, name: str) -> bool:
     return failure.exit_code == -getattr(signal, name) or (name == "SIGINT" and failure.kind == "KeyboardInterrupt")
 
 
-def _with_pipes(rank: int) -> _Rank:
+def _with_pipes(rank: int) -> Rank:
     pipes = {name: os.pipe() for name in RankOrder.PIPES}
     writers = {name: pipe[1] for name, pipe in pipes.items()}
-    return _Rank(rank, RankOrder(rank, {}, **writers), {name: pipe[0] for name, pipe in pipes.items()})
+    return Rank(rank, RankOrder(rank, {}, **writers), {name: pipe[0] for name, pipe in pipes.items()})
