@@ -26,6 +26,7 @@ from .output import Output
 from .supervise import LaunchFailed, Node, Outcome, Place, Rank
 
 _GATHER_S = 600.0  # for the launchers of all nodes to come: prologs and slow file systems hold some up
+_PART_S = 5.0  # for the followers to end their node processes
 _BEFORE_THE_END_S = 2.0  # of the time limit: Slurm starts a job that has come to it only if it is asked in time
 
 
@@ -107,10 +108,15 @@ class LeadingNode(Node):
             self._watch(self._listener, self._welcome)
         return self
 
-    def finish(self, code: int) -> None:
-        """Let the followers go, with the exit code of all."""
+    def finish(self) -> None:
+        """Let the followers go, and wait until they have gone: the end of this task ends the job."""
+        deadline = time.monotonic() + _PART_S
         for follower in self._followers.values():
-            follower.peer.send(do="finish", code=code)
+            follower.peer.send(do="finish")
+        for follower in self._followers.values():
+            while not follower.lost and (left_s := deadline - time.monotonic()) > 0:
+                follower.peer.connection.settimeout(left_s)
+                follower.lost = follower.peer.receive() is None
 
     # -- meeting ---------------------------------------------------------------------------------------------------
 

@@ -243,7 +243,8 @@ class Node:
             rank.was_ended = rank.was_ended or rank.ended is None
 
     def _watch(self, source: int | socket.socket, react: Callable[[], None]) -> None:
-        os.set_blocking(source if isinstance(source, int) else source.fileno(), not isinstance(source, int))
+        if isinstance(source, int):
+            os.set_blocking(source, False)
         self._selector.register(source, selectors.EVENT_READ, react)
 
     def _handle_events(self, timeout_s: float | None) -> None:

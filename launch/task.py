@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from ddpkit import rendezvous, world
-from ddpkit.errors import DdpkitError, UserError
+from ddpkit.errors import EXIT_DONE, DdpkitError, UserError
 from ddpkit.world import Allocation, World
 
 from . import attempts, group
@@ -78,10 +78,8 @@ class _Task:
             )
             try:
                 ended = group.run(plan, node)
-            except DdpkitError as error:
-                node.finish(error.exit_code)
-                raise
-            node.finish(ended.exit_code)
+            finally:
+                node.finish()
         if not ended.comes_back:
             self._tell_outcome(ended)
         return ended.exit_code
@@ -98,7 +96,7 @@ class _Task:
             while True:
                 order = node.await_order()
                 if order["do"] == "finish":
-                    return int(order["code"])
+                    return EXIT_DONE  # the leader's exit code is the job's
                 job = replace(plan.job, options=plan.job.options | {"attempt": order["attempt"]})
                 node.attempt(job, order, Output(attempts.log_dir(plan.run_dir, order["attempt"]), plan.tee_all))
 
