@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from ddpkit.errors import DdpkitError, UserError
 
 _COMMAND_S = 60.0  # a busy controller lets its clients wait
+_ENDED = frozenset(
+    ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+)
 
 
 class SlurmFailed(DdpkitError):
     """One of Slurm's commands failed; the message has its words."""
+
+
+class JobForgotten(SlurmFailed):
+    """Slurm does not know the job, or not any more: it keeps those that have ended for MinJobAge, minutes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class JobState:
         is_preempted: it has been told to make room, and has the partition's grace time for that.
         ends_at: when Slurm will end it, in seconds since the epoch; None if it has no limit. In a preemption the end of
             the grace time.
+        nodes: where it runs, as Slurm writes a list of them; empty before it has started.
     """
 
     state: str
@@ -36,16 +44,46 @@ class JobState:
     is_requeueable: bool
     is_preempted: bool
     ends_at: float | None
+    nodes: str = ""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is over, unless it is requeued after all."""
+        return self.state in _ENDED
 
 
 def job_state(job_id: str) -> JobState:
     """Ask the controller. Takes milliseconds, but a busy one may let us wait: not for a signal handler, or the loop.
 
     Raises:
-        SlurmFailed: it does not answer, or no longer knows the job.
+        JobForgotten: it does not know the job any more.
+        SlurmFailed: it does not answer.
     """
-    said = _run("scontrol", "show", "job", "--oneliner", job_id)
-    return read_job_state(said)
+    return read_job_state(_said_of(job_id))
+
+
+def array_states(job_id: str) -> dict[int, JobState]:
+    """Ask the controller about each job of an array, by its index. Jobs that it has forgotten are not there.
+
+    Raises:
+        JobForgotten: it knows none of them any more.
+        SlurmFailed: it does not answer.
+    """
+    found: dict[int, JobState] = {}
+    for line in _said_of(job_id).splitlines():
+        # Those that wait are one line: "ArrayTaskId=3-5,8%2", the last number being how many may run at once.
+        indices = re.search(r"\bArrayTaskId=([\d,-]+)", line)
+        for part in indices[1].split(",") if indices else ():
+            first, _, last = part.partition("-")
+            found |= dict.fromkeys(range(int(first), int(last or first) + 1), read_job_state(line))
+    return found
+
+
+def _said_of(job_id: str) -> str:
+    try:
+        return _run("scontrol", "show", "job", "--oneliner", job_id)
+    except SlurmFailed as error:
+        raise (JobForgotten(str(error)) if "Invalid job id" in str(error) else error) from error
 
 
 def read_job_state(said: str) -> JobState:
@@ -60,6 +98,7 @@ def read_job_state(said: str) -> JobState:
         is_preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown"),
         # Local time, as this machine's Slurm commands print it; there is no zone in it.
         ends_at=None if ends in ("Unknown", "None") else time.mktime(time.strptime(ends, "%Y-%m-%dT%H:%M:%S")),
+        nodes=fields.get("NodeList", "(null)").replace("(null)", ""),
     )
 
 
