@@ -62,18 +62,21 @@ def job_state(job_id: str) -> JobState:
     return read_job_state(_said_of(job_id))
 
 
-def array_states(job_id: str) -> dict[int, JobState]:
-    """Ask the controller about each job of an array, by its index. Jobs that it has forgotten are not there.
+def job_states(job_id: str) -> dict[int | None, JobState]:
+    """Ask the controller about each job of an array, by its index; a job that is in none has None.
+
+    Jobs of an array that it has forgotten are not there.
 
     Raises:
         JobForgotten: it knows none of them any more.
         SlurmFailed: it does not answer.
     """
-    found: dict[int, JobState] = {}
+    found: dict[int | None, JobState] = {}
     for line in _said_of(job_id).splitlines():
         # Those that wait are one line: "ArrayTaskId=3-5,8%2", the last number being how many may run at once.
-        indices = re.search(r"\bArrayTaskId=([\d,-]+)", line)
-        for part in indices[1].split(",") if indices else ():
+        if (indices := re.search(r"\bArrayTaskId=([\d,-]+)", line)) is None:
+            return {None: read_job_state(line)}
+        for part in indices[1].split(","):
             first, _, last = part.partition("-")
             found |= dict.fromkeys(range(int(first), int(last or first) + 1), read_job_state(line))
     return found

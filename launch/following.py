@@ -105,15 +105,13 @@ class Watch:
 
 
 def ask(submission: Submission) -> dict[int | None, JobState]:
-    """What Slurm says about the job, or about each of an array; empty if it has forgotten all.
+    """What Slurm says about the job, or about each of an array, by index; empty if it has forgotten all.
 
     Raises:
         SlurmFailed: it does not answer.
     """
     try:
-        if submission.runs:
-            return {index: state for index, state in slurm.array_states(submission.job_id).items()}
-        return {None: slurm.job_state(submission.job_id)}
+        return slurm.job_states(submission.job_id)
     except slurm.JobForgotten:
         return {}
 
@@ -174,7 +172,6 @@ class _View:
         self._output = output
         self._tails: dict[Path, _Tail] = {}
         self._said = ""
-        self._restarts = 0
 
     def look(self, state: JobState | None, now: float) -> None:
         """Say what has changed."""
@@ -201,14 +198,12 @@ class _View:
                 target.flush()
 
     def _in_words(self, state: JobState) -> str:
-        again = "again " if state.restarts else ""
-        came_back, self._restarts = state.restarts > self._restarts, state.restarts
+        again = " again" if state.restarts else ""
         if state.state == "PENDING":
-            requeued = "is requeued, and " if came_back else ""
-            return f"job {self.watch.name} {requeued}waits {again}to start ({state.reason})"
-        if state.state == "RUNNING":
-            return f"job {self.watch.name} runs {again}on {state.nodes}"
-        return ""
+            requeued = "is requeued, and " if state.restarts else ""
+            why = f" ({state.reason})" if state.reason != "None" else ""
+            return f"job {self.watch.name} {requeued}waits to start{again}{why}"
+        return f"job {self.watch.name} runs{again} on {state.nodes}" if state.state == "RUNNING" else ""
 
 
 class _Tail:

@@ -22,6 +22,7 @@ from ddpkit.errors import UserError
 from ddpkit.explain import shown
 from ddpkit.yaml_files import nearest
 
+_CHILD = Path(__file__).with_name("child.py")
 _LONGEST_WARNING_S = 90
 _SHORTEST_WARNING_S = 15  # of a limit of a minute, that leaves 45 s of work
 
@@ -93,7 +94,7 @@ def text(parameters: Mapping[str, Any], folder: Path, name: str, array: int | No
     """
     # A command of ours, instead of submitit's: its way is to pickle a function, and to run it under signal handlers
     # that ignore SIGTERM and save on rank zero alone. Here no user object is pickled, and what a stop means is agreed.
-    command = shlex.join([sys.executable, str(Path(__file__).with_name("child.py")), "task", str(folder)])
+    command = shlex.join([sys.executable, str(_CHILD), "task", str(folder)])
     made: str = _make_sbatch_string(command, folder, **{"job_name": name} | dict(parameters), map_count=array)
     return made
 

@@ -115,17 +115,18 @@ def require_slurm() -> None:
 
 def unfinished(home: Path, is_array: bool = False) -> Submission | None:
     """The newest submission from a run directory, if Slurm still has work to do for it."""
+    plan = _numbered(PLAN, 0 if is_array else None)  # the directory of a sweep may be that of a run as well
     found = [
         (int(path.parent.name[11:]), path)
         for path in (home.absolute() / "slurm").glob("submission-*/*_submission.sh")
-        if path.parent.name[11:].isdigit()
+        if path.parent.name[11:].isdigit() and (path.parent / plan).exists()
     ]
     if not found:
         return None
     path = max(found)[1]
     job_id = path.name.partition("_")[0]
     try:
-        states = list(slurm.array_states(job_id).values()) if is_array else [slurm.job_state(job_id)]
+        states = slurm.job_states(job_id).values()
     except slurm.JobForgotten:
         return None
     runs = _runs(path.parent) if is_array else ()
