@@ -368,6 +368,14 @@ def load_launch(overrides: Sequence[str]) -> Launch:
     return alone.launch
 
 
+def launch_section(tree: JsonValue) -> Launch:
+    """Check a ``launch`` section of plain values.
+
+    Raises ``ConfigError`` with all problems, one a line.
+    """
+    return _checked({"launch": tree}, None, _LaunchAlone).launch
+
+
 def from_tree(tree: JsonValue) -> Config:
     """Check a tree of plain values, as ``to_tree`` gives it.
 

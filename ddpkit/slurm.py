@@ -36,6 +36,7 @@ class JobState:
         ends_at: when Slurm will end it, in seconds since the epoch; None if it has no limit. In a preemption the end of
             the grace time.
         nodes: where it runs, as Slurm writes a list of them; empty before it has started.
+        exit_code: of the batch script.
     """
 
     state: str
@@ -45,6 +46,7 @@ class JobState:
     is_preempted: bool
     ends_at: float | None
     nodes: str = ""
+    exit_code: int = 0
 
     @property
     def has_ended(self) -> bool:
@@ -102,6 +104,7 @@ def read_job_state(said: str) -> JobState:
         # Local time, as this machine's Slurm commands print it; there is no zone in it.
         ends_at=None if ends in ("Unknown", "None") else time.mktime(time.strptime(ends, "%Y-%m-%dT%H:%M:%S")),
         nodes=fields.get("NodeList", "(null)").replace("(null)", ""),
+        exit_code=int(fields.get("ExitCode", "0:0").partition(":")[0]),
     )
 
 
@@ -112,6 +115,15 @@ def requeue(job_id: str) -> None:
         SlurmFailed: it would not.
     """
     _run("scontrol", "requeue", job_id, may_be_silent=True)
+
+
+def cancel(job_id: str) -> None:
+    """Have Slurm end a job, or an array of jobs; one that has ended already stays as it is.
+
+    Raises:
+        SlurmFailed: it would not.
+    """
+    _run("scancel", job_id, may_be_silent=True)
 
 
 def first_address(nodes: str) -> str:

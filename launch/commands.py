@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import sys
 import zipfile
@@ -77,7 +76,7 @@ def launch(arguments: Namespace) -> int:
         raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
     job = _script_job(arguments)
     is_chosen = settings.launcher == "slurm" and arguments.run_dir is None
-    run_dir = _new_run_dir(job) if is_chosen else arguments.run_dir
+    run_dir = slurm.new_home(_name(job)) if is_chosen else arguments.run_dir
     plan = plans.make(
         settings,
         job,
@@ -194,10 +193,8 @@ def _has_work(config: Config, run_dir: Path, accepted: list[str], is_submitted: 
     return True
 
 
-def _new_run_dir(job: Job) -> Path:
-    """A directory that is not there yet, by the script's or the module's name, where all nodes see it."""
-    name = Path(job.target).stem if job.kind == "script" else job.target.rpartition(".")[2]
-    return next(path for number in itertools.count() if not (path := Path("runs") / f"{name}-{number}").exists())
+def _name(job: Job) -> str:
+    return Path(job.target).stem if job.kind == "script" else job.target.rpartition(".")[2]
 
 
 def _plan(config: Config, job: Job, run_dir: Path | None, arguments: Namespace) -> Plan:

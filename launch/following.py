@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import codecs
 import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -20,9 +19,12 @@ from ddpkit.slurm import JobState
 from .job import Failure
 from .submission import OUTCOME, Submission
 
-_POLL_S = 0.5  # looking into files
-_ASK_S = 2.0  # asking Slurm, for one job; users of a cluster share one controller
+POLL_S = 0.5  # looking into files
+ASK_S = 2.0  # asking Slurm, for one job; users of a cluster share one controller
 _LATE_S = 20.0  # a job's last words may take that long to be seen here, and Slurm to requeue it after all
+
+
+_CODES = (EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_DONE)  # of several jobs, the first counts
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class Ended:
     Attributes:
         exit_code: by ddpkit's rules.
         failures: of all ranks that failed, the cause first.
-        results: what each rank's call returned, pickled, by rank; None for a rank that returned nothing.
+        results: what each rank's call returned, by rank: by cloudpickle, in base64.
         report: of the failure; what Slurm says, where the job said nothing.
     """
 
     exit_code: int
     failures: tuple[Failure, ...] = ()
-    results: tuple[bytes | None, ...] = ()
+    results: tuple[str | None, ...] = ()
     report: str | None = None
 
 
@@ -70,7 +72,7 @@ class Watch:
         return Ended(
             tree["exit_code"],
             tuple(Failure.from_json(failure) for failure in tree["failures"]),
-            tuple(None if result is None else base64.b64decode(result) for result in tree["results"]),
+            tuple(tree["results"]),
             tree["report"],
         )
 
@@ -101,7 +103,13 @@ class Watch:
         if state.state == "CANCELLED" and not self.submission.logs(self.index):
             return Ended(EXIT_STOPPED, report=f"job {self.name} was cancelled before it began")
         why = f" ({state.reason})" if state.reason != "None" else ""
-        return Ended(EXIT_FAILED, report=f"job {self.name} ended as {state.state}{why} and left no word; {where}")
+        code = state.exit_code if state.state in ("COMPLETED", "FAILED") else EXIT_FAILED
+        if code == EXIT_DONE:
+            return Ended(EXIT_DONE)
+        return Ended(
+            code if code in _CODES else EXIT_FAILED,
+            report=f"job {self.name} ended as {state.state}{why} and left no word; {where}",
+        )
 
 
 def ask(submission: Submission) -> dict[int | None, JobState]:
@@ -133,7 +141,7 @@ def follow(submission: Submission, *, tee_all: bool, output: TextIO) -> int:
 
 
 def _follow(submission: Submission, views: Sequence[_View]) -> int:
-    ask_s = _ASK_S + 0.01 * len(views)
+    ask_s = ASK_S + 0.01 * len(views)
     asked_at = -ask_s
     silence = ""
     while any(view.ended is None for view in views):
@@ -150,7 +158,7 @@ def _follow(submission: Submission, views: Sequence[_View]) -> int:
             asked_at = time.monotonic()
         for view in views:
             view.show()
-        time.sleep(_POLL_S)
+        time.sleep(POLL_S)
     return _worst([view.ended.exit_code for view in views if view.ended is not None])
 
 
@@ -234,9 +242,7 @@ class _Tail:
 
 
 def _worst(codes: Sequence[int]) -> int:
-    by_weight: Callable[[int], int] = (EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_DONE).index
-    known = (EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_DONE)
-    return min((code for code in codes if code in known), key=by_weight, default=EXIT_FAILED)
+    return min((code for code in codes if code in _CODES), key=_CODES.index, default=EXIT_FAILED)
 
 
 def _say(text: str, mark: str = "") -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
@@ -60,6 +61,11 @@ class Submission:
     def hints(self) -> str:
         """How to see what becomes of it, and how to end it."""
         return f"its output: tail -F {self.folder}/{self.job_id}*.out; to end it: scancel {self.job_id}"
+
+
+def new_home(name: str) -> Path:
+    """A directory for a job without a run directory, where all nodes see it; it is not there yet."""
+    return next(path for number in itertools.count() if not (path := Path("runs") / f"{name}-{number}").exists())
 
 
 def folder_for(home: Path) -> Path:

@@ -28,6 +28,13 @@ def describe(plans: Sequence[Plan], home: Path, is_array: bool = False) -> str:
     return submission.script(plans, home, is_array)
 
 
+def new_home(name: str) -> Path:
+    """A run directory for what was given none."""
+    from .. import submission
+
+    return submission.new_home(name)
+
+
 def is_submitted(home: Path, is_array: bool = False) -> bool:
     """Whether Slurm has work to do, or does it, that was submitted from there."""
     from .. import submission
