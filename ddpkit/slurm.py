@@ -148,8 +148,10 @@ def first_address(nodes: str) -> str:
 
 
 def _run(*command: str, may_be_silent: bool = False) -> str:
+    # What is read here must be whole, and as it is without a user's taste in times.
+    plain = ("env", "SLURM_BITSTR_LEN=0", "SLURM_TIME_FORMAT=standard", *command)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(plain, capture_output=True, text=True, timeout=_COMMAND_S, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmFailed(f"`{' '.join(command)}`: {error}") from error
     if done.returncode or not (done.stdout.strip() or may_be_silent):

@@ -81,7 +81,8 @@ class SlurmJob(Generic[T]):
         ended = self._ended
         if not ended.failures and ended.exit_code == EXIT_DONE and ended.results:
             return None
-        report = ended.report or f"job {self.job_id} ended with exit code {ended.exit_code} and returned nothing"
+        nothing = f"job {self.job_id} ended with exit code {ended.exit_code} and returned nothing; see {self.folder}"
+        report = ended.report or nothing
         return exception_of(ended.failures, report) if ended.failures else RankError(report)
 
     def cancel(self) -> None:

@@ -32,6 +32,7 @@ _OURS = {
     "ntasks_per_node": "give launch.nproc_per_node; there is one task per node, or with launch.start_method=spawn one "
     "per rank",
     "cpus_per_task": "give launch.cpus_per_rank",
+    "cpus_per_gpu": "give launch.cpus_per_rank; a rank has one GPU",
     "gpus_per_task": "give gpus_per_node; a rank chooses its GPU among those of the node",
     "use_srun": "leave it out; a job of ddpkit starts its tasks by srun",
 }
@@ -195,7 +196,7 @@ def _cpus_per_rank(launch: Launch, given: Mapping[str, Any]) -> int:
     """Cores for a rank; 0 where the job has them without being told."""
     if launch.cpus_per_rank is not None:
         return launch.cpus_per_rank
-    return 0 if "exclusive" in given or "cpus_per_gpu" in given else 1
+    return 0 if "exclusive" in given else 1
 
 
 def _warning_s(given: Mapping[str, Any]) -> int:

@@ -33,13 +33,14 @@ class _Copy:
 
     def path(self, original: Path) -> Path | None:
         """Where the copy of a file or folder is; None for what was not copied."""
-        original = original.absolute()
-        if not original.is_relative_to(self.root):
-            original = original.resolve()
-        if not original.is_relative_to(self.root):
-            return None
-        copied = self.copy / original.relative_to(self.root)
-        return copied if copied.exists() else None
+        found = self.relative(original)
+        return self.copy / found if found is not None and (self.copy / found).exists() else None
+
+    def relative(self, original: Path) -> Path | None:
+        """The path inside the repository, a link standing for itself; None for what lies elsewhere."""
+        here = Path.cwd() / original
+        here = here.parent.resolve() / here.name
+        return here.relative_to(self.root) if here.is_relative_to(self.root) else None
 
 
 def take(plans: Sequence[Plan], folder: Path) -> list[Plan]:
@@ -84,7 +85,7 @@ def _moved_config(job: Job, made: _Copy) -> Job:
     for key, ref in factories.all_references(config):
         parsed = references.parse(ref)
         path = Path(parsed.module_or_path)
-        if parsed.is_file and (path.resolve().is_relative_to(made.root) or path.absolute().is_relative_to(made.root)):
+        if parsed.is_file and made.relative(path) is not None:
             copied = made.path(path)
             if copied is None:
                 raise UserError(f"launch.snapshot: {key}: {_unknown(str(path), made)}")

@@ -36,7 +36,7 @@ def runs(sweeps: Sequence[str], load: Callable[[list[str]], Config]) -> list[Con
     configs = []
     for chosen in itertools.product(*(values for _, values in axes)):
         pairs = list(zip(keys, chosen, strict=True))
-        config = load([f"{key}={yaml_files.dump(value)}" for key, value in pairs])
+        config = load([f"{key}={yaml_files.dump(value).rstrip()}" for key, value in pairs])
         configs.append(config.model_copy(update={"run_dir": str(Path(config.run_dir) / _name(pairs))}))
     return configs
 
@@ -64,7 +64,7 @@ def _name(pairs: Sequence[tuple[str, JsonValue]]) -> str:
 
 
 def _word(value: JsonValue) -> str:
-    return value if isinstance(value, str) else yaml_files.dump(value).strip()
+    return yaml_files.dump(value).strip()  # 1 and "1" are two
 
 
 def _tidy(text: str) -> str:
