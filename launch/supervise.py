@@ -233,7 +233,8 @@ class Node:
         for rank in self._ranks:
             if rank.ended is None and rank.failure is None:
                 stacks = rank.stacks.decode(errors="replace")
-                rank.failure = self._failure(rank, -signal.SIGKILL, self._giving_up[0], stacks)
+                message = _WAITED if _waits(stacks) else self._giving_up[0]
+                rank.failure = self._failure(rank, -signal.SIGKILL, message, stacks)
                 self._tell_failure(rank)
         self._end_ranks()
 
@@ -444,6 +445,7 @@ def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
 
 
 _ENDED_BY_US = "ended by the launcher, as it did not end by itself"
+_WAITED = "ended by the launcher while it waited for others"
 _CONSEQUENCES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -457,7 +459,7 @@ _CONSEQUENCES = (
 
 
 def _is_consequence(failure: Failure) -> bool:
-    if failure.message == _ENDED_BY_US or failure.kind in (
+    if failure.message in (_ENDED_BY_US, _WAITED) or failure.kind in (
         "RankFailed",
         "DistBackendError",
         "DistNetworkError",
@@ -465,6 +467,12 @@ def _is_consequence(failure: Failure) -> bool:
     ):
         return True
     return failure.kind == "RuntimeError" and any(sign in failure.message for sign in _CONSEQUENCES)
+
+
+def _waits(stacks: str) -> bool:
+    """Whether the main thread, which comes last, is inside torch or our own waits, and not in the user's code."""
+    main = stacks.rpartition("(most recent call first):")[2].strip().partition("\n")[0]
+    return "/torch/" in main or "/ddpkit/agree.py" in main
 
 
 def explain(status: int) -> str:
