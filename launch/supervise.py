@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,8 +27,10 @@ from ddpkit import orphans, rendezvous, world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
 from ddpkit.world import World
 
-from .job import STOP_SIGNALS, Failure, Job, RankOrder
+from .causes import ENDED_BY_US, explain, order_by_cause
+from .job import STOP_SIGNALS, Failure, Job, Memory, RankOrder
 from .lines import Lines
+from .memory import RAN_OUT, WORKER_DIED, Watch, judge
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
@@ -70,6 +72,7 @@ class _Rank:
     when: float = 0.0
     report: Lines = field(default_factory=Lines)
     failure: Failure | None = None
+    memory: Memory | None = None
     result: Any = None
     was_ended: bool = False
 
@@ -101,6 +104,7 @@ class Node:
         self._ranks: list[_Rank] = []
         self._lost = False
         self._problem: str | None = None
+        self._memory = Watch()
         self.ends_now = False
         self.pids: dict[int, int] = {}
 
@@ -197,7 +201,7 @@ class Node:
             for name in rank.readers:
                 self._read(rank, name, output)
         output.flush()
-        return self._outcome()
+        return self._outcome(output)
 
     def _start(self, job: Job, restart_count: int) -> None:
         with rendezvous.listen() as listener:  # held from here on: no other process can take the port
@@ -206,7 +210,7 @@ class Node:
         orders = [vars(rank.order) | {"env": self._rank_env(rank.rank, port, restart_count)} for rank in self._ranks]
         self._send(do="start", job=job.to_json(), ranks=orders)
 
-    def _outcome(self) -> Outcome:
+    def _outcome(self, output: Output) -> Outcome:
         if self.ends_now:
             code = EXIT_INTERRUPTED if self._requested == "SIGINT" else EXIT_FAILED
             return Outcome(code, stopped_by=self._requested)
@@ -214,11 +218,12 @@ class Node:
             raise LaunchFailed(self._problem)
         if self._lost:
             status = self._process.wait(_END_S)
+            how = f"SIGKILL, {RAN_OUT}," if status == -signal.SIGKILL and self._memory.ran_out() else explain(status)
             raise LaunchFailed(
-                f"the process that starts the ranks (pid {self._process.pid}) ended with {explain(status)} before "
+                f"the process that starts the ranks (pid {self._process.pid}) ended with {how} before "
                 "they did; they were ended with it. Run it again to continue."
             )
-        failures = order_by_cause([self._failure_of(rank) for rank in self._ranks if _failed(rank)])
+        failures = order_by_cause([_failure_of(rank, output) for rank in self._ranks if _failed(rank)])
         interrupted = self._requested == "SIGINT"
         if failures:
             if self._requested is not None and _died_of(failures[0], self._requested):
@@ -229,13 +234,6 @@ class Node:
             code = EXIT_INTERRUPTED if interrupted else EXIT_STOPPED
             return Outcome(code, stopped_by=self._requested, is_saved=True)
         return Outcome(EXIT_DONE, (), tuple(rank.result for rank in self._ranks), self._requested)
-
-    def _failure_of(self, rank: _Rank) -> Failure:
-        assert rank.ended is not None  # all have
-        if rank.failure is not None:
-            return rank.failure
-        how = _ENDED_BY_US if rank.was_ended else explain(rank.ended)
-        return Failure(rank.rank, socket.gethostname(), rank.when, rank.ended, message=how)
 
     def _rank_env(self, rank: int, port: int, restart_count: int) -> dict[str, str]:
         one = World(
@@ -281,6 +279,7 @@ class Node:
         elif "ended" in message:
             rank = self._ranks[message["ended"]]
             rank.ended, rank.when = message["status"], message["when"]
+            rank.memory = Memory(**message["memory"]) if message["memory"] else None
         elif "problem" in message:
             self._problem, self._lost = message["problem"], True
 
@@ -332,55 +331,20 @@ def passing_on_signals(node: Node) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if node.ends_now else handler)
 
 
-def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
-    """The cause first: the earliest failure that is not what a rank sees when another one has gone."""
-    return tuple(sorted(failures, key=lambda failure: (_is_consequence(failure), failure.when)))
-
-
-_ENDED_BY_US = "ended by the launcher, as it did not end by itself"
-_CONSEQUENCES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Timed out waiting",
-    "NCCL error",
-    "ncclRemoteError",
-    "gloo",
-)
-
-
-def _is_consequence(failure: Failure) -> bool:
-    if failure.message == _ENDED_BY_US or failure.kind in (
-        "RankFailed",
-        "DistBackendError",
-        "DistNetworkError",
-        "DistStoreError",
-    ):
-        return True
-    return failure.kind == "RuntimeError" and any(sign in failure.message for sign in _CONSEQUENCES)
-
-
-def explain(status: int) -> str:
-    """An exit status in words; negative ones are signals."""
-    if status >= 0:
-        return f"exit code {status}"
-    if -status not in set(signal.Signals):  # a real-time one
-        return f"signal {-status}"
-    name = signal.Signals(-status).name
-    meaning = {
-        "SIGKILL": "killed from outside: by an administrator, another process, or the kernel when memory ran out",
-        "SIGSEGV": "a crash in native code",
-        "SIGABRT": "native code gave up",
-        "SIGBUS": "a memory access that failed; often /dev/shm or a mapped file's disk is full",
-        "SIGILL": "an instruction that this processor does not have",
-        "SIGFPE": "an arithmetic error in native code",
-    }.get(name)
-    return f"{name} ({meaning})" if meaning else name
-
-
 def _failed(rank: _Rank) -> bool:
     return rank.failure is not None or rank.ended not in (None, EXIT_DONE, EXIT_STOPPED)
+
+
+def _failure_of(rank: _Rank, output: Output) -> Failure:
+    assert rank.ended is not None  # all have
+    if rank.was_ended and rank.failure is None:
+        return Failure(rank.rank, socket.gethostname(), rank.when, rank.ended, message=ENDED_BY_US)
+    failure = rank.failure or Failure(
+        rank.rank, socket.gethostname(), rank.when, rank.ended, message=explain(rank.ended)
+    )
+    if failure.kind in ("", WORKER_DIED):  # there are no words of the user's code but these
+        failure = replace(failure, last_lines=output.unseen(rank.rank))
+    return judge(failure, rank.memory)
 
 
 def _died_of(failure: Failure, name: str) -> bool:
