@@ -75,6 +75,32 @@ class RankOrder:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a rank held shortly before its end, when it held most. All sizes in bytes.
+
+    Attributes:
+        held: resident in the rank itself.
+        children: processes that descend from it, such as loader workers.
+        held_by_children: resident in those, what they share counted in each.
+        held_by_all: the same sum over all ranks of this node and their children.
+        limit: the smallest that holds for them.
+        limit_of: whose limit that is, in words.
+        seen_s_before: seconds from then to the end.
+        ran_out: the kernel has ended a process here in the last half minute because memory had run out; None where it
+            does not tell.
+    """
+
+    held: int
+    children: int
+    held_by_children: int
+    held_by_all: int
+    limit: int
+    limit_of: str
+    seen_s_before: float
+    ran_out: bool | None
+
+
+@dataclass(frozen=True)
 class Failure:
     """How one rank ended badly.
 
@@ -87,6 +113,9 @@ class Failure:
         message: its text.
         traceback: as Python prints it; empty for input errors and kills.
         is_users_input: the user's input is wrong (exit code 2).
+        is_consequence: it is what a rank sees when another one has gone.
+        last_lines: of its output, where there is no exception to quote.
+        memory: what it held, if that has been looked at.
         exception: the exception itself, by cloudpickle; empty if it cannot be pickled.
     """
 
@@ -98,6 +127,9 @@ class Failure:
     message: str = ""
     traceback: str = ""
     is_users_input: bool = False
+    is_consequence: bool = False
+    last_lines: tuple[str, ...] = ()
+    memory: Memory | None = None
     exception: bytes = b""
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +139,12 @@ class Failure:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Failure:
         """The failure that `to_json` wrote."""
-        return cls(**tree | {"exception": base64.b64decode(tree["exception"])})
+        given = tree | {
+            "last_lines": tuple(tree["last_lines"]),
+            "memory": Memory(**tree["memory"]) if tree["memory"] is not None else None,
+            "exception": base64.b64decode(tree["exception"]),
+        }
+        return cls(**given)
 
 
 def unpickled(result: str) -> Any:

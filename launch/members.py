@@ -215,7 +215,9 @@ class LeadingNode(Node):
     def _take_failure(self, follower: _Follower, tree: dict[str, Any], age_s: float) -> None:
         # By its age: clocks of several machines have nothing in common but the length of a second.
         failure = replace(Failure.from_json(tree), when=time.monotonic() - age_s)
-        follower.failures.setdefault(failure.rank, failure)
+        if (known := follower.failures.get(failure.rank)) is not None:  # by now more may be known of it, but no sooner
+            failure = replace(failure, when=known.when)
+        follower.failures[failure.rank] = failure
 
     def _lose(self, follower: _Follower) -> None:
         first, last = follower.ranks[0], follower.ranks[-1]

@@ -36,6 +36,7 @@ from ddpkit.orphans import adopt_orphans, die_with_parent, end_session, on_paren
 from . import rank as rank_process
 from .job import STOP_SIGNALS, Job, RankOrder
 from .lines import Lines
+from .memory import Watch
 
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
 
@@ -79,6 +80,7 @@ class _Node:
         self._start_method = start_method
         self._lines = Lines()
         self._ranks: dict[int, int] = {}  # pid -> its place among the orders
+        self._memory = Watch()
         self._parent = os.getppid()
 
     def serve(self) -> None:
@@ -97,6 +99,7 @@ class _Node:
                 with contextlib.suppress(BlockingIOError):
                     os.read(woken, 4096)
             self._reap()
+            self._memory.look(self._ranks)
             if self._control.fileno() in ready and not self._orders():
                 return
 
@@ -121,6 +124,7 @@ class _Node:
         if self._listener is not None:  # it was sent ahead
             self._listener.close()
             self._listener = None
+        self._memory = Watch()
         for place, order in enumerate(orders):
             # A rank holds only its own ends: a pipe is at its end when those who write to it are gone.
             others = [fd for other in orders if other != order for fd in other.descriptors]
@@ -146,7 +150,12 @@ class _Node:
             if pid == 0:
                 return
             if (place := self._ranks.pop(pid, None)) is not None:
-                self._tell(ended=place, status=os.waitstatus_to_exitcode(status), when=time.monotonic())
+                self._tell(
+                    ended=place,
+                    status=os.waitstatus_to_exitcode(status),
+                    when=time.monotonic(),
+                    memory=vars(self._memory.last(pid)) if status else None,
+                )
 
     def _tell(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # the launcher is gone; the next turn of the loop sees it

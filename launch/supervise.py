@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +25,10 @@ from ddpkit import orphans, rendezvous, world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
 from ddpkit.world import World
 
-from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, RankOrder
+from .causes import ENDED_BY_US, WAITED, explain, order_by_cause, waits
+from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, Memory, RankOrder
 from .lines import Lines
+from .memory import RAN_OUT, WORKER_DIED, Watch, judge
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
@@ -92,6 +94,7 @@ class Rank:
     when: float = 0.0
     report: Lines = field(default_factory=Lines)
     failure: Failure | None = None
+    memory: Memory | None = None
     result: str = ""
     stacks: bytes = b""
     was_ended: bool = False
@@ -130,6 +133,7 @@ class Node:
         self._ranks: list[Rank] = []
         self._lost = False
         self._problem: str | None = None
+        self._memory = Watch()
         self._output = Output(None, tee_all=False)
         self._giving_up: tuple[str, float] | None = None
         self.ends_now = False
@@ -233,8 +237,10 @@ class Node:
         for rank in self._ranks:
             if rank.ended is None and rank.failure is None:
                 stacks = rank.stacks.decode(errors="replace")
-                message = _WAITED if _waits(stacks) else self._giving_up[0]
-                rank.failure = self._failure(rank, -signal.SIGKILL, message, stacks)
+                is_waiting = waits(stacks)
+                why = WAITED if is_waiting else self._giving_up[0]
+                failure = self._failure(rank, -signal.SIGKILL, why, stacks)
+                rank.failure = replace(failure, is_consequence=is_waiting)
                 self._tell_failure(rank)
         self._end_ranks()
 
@@ -286,8 +292,9 @@ class Node:
             raise LaunchFailed(self._problem)
         if self._lost:
             status = self._process.wait(_END_S)
+            how = f"SIGKILL, {RAN_OUT}," if status == -signal.SIGKILL and self._memory.ran_out() else explain(status)
             raise LaunchFailed(
-                f"the process that starts the ranks (pid {self._process.pid}) ended with {explain(status)} before "
+                f"the process that starts the ranks (pid {self._process.pid}) ended with {how} before "
                 "they did; they were ended with it. Run it again to continue."
             )
         failures = order_by_cause(self._failures())
@@ -312,10 +319,15 @@ class Node:
         return tuple(rank.result for rank in self._ranks)
 
     def _failure_of(self, rank: Rank) -> Failure:
-        if rank.failure is not None:
-            return rank.failure
-        assert rank.ended is not None  # or there would be no failure to tell of
-        return self._failure(rank, rank.ended, _ENDED_BY_US if rank.was_ended else explain(rank.ended))
+        failure = rank.failure
+        if failure is None:
+            assert rank.ended is not None  # or there would be no failure to tell of
+            if rank.was_ended:
+                return self._failure(rank, rank.ended, ENDED_BY_US)
+            failure = self._failure(rank, rank.ended, explain(rank.ended))
+        if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
+            failure = replace(failure, last_lines=self._output.unseen(rank.rank))
+        return judge(failure, rank.memory)
 
     def _failure(self, rank: Rank, exit_code: int, message: str, traceback: str = "") -> Failure:
         when = rank.when or time.monotonic()
@@ -368,6 +380,7 @@ class Node:
         elif "ended" in message:
             rank = self._ranks[message["ended"]]
             rank.ended, rank.when = message["status"], message["when"]
+            rank.memory = Memory(**message["memory"]) if message["memory"] else None
             if _failed(rank):
                 self._tell_failure(rank)
         elif "problem" in message:
@@ -437,60 +450,6 @@ def passing_on_signals(node: Node, signals: tuple[signal.Signals, ...] = STOP_SI
         for number, handler in before.items():
             # After a second Ctrl-C the clean-up that follows is not for a third one to garble.
             signal.signal(number, signal.SIG_IGN if node.ends_now else handler)
-
-
-def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
-    """The cause first: the earliest failure that is not what a rank sees when another one has gone."""
-    return tuple(sorted(failures, key=lambda failure: (_is_consequence(failure), failure.when)))
-
-
-_ENDED_BY_US = "ended by the launcher, as it did not end by itself"
-_WAITED = "ended by the launcher while it waited for others"
-_CONSEQUENCES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Timed out waiting",
-    "NCCL error",
-    "ncclRemoteError",
-    "gloo",
-)
-
-
-def _is_consequence(failure: Failure) -> bool:
-    if failure.message in (_ENDED_BY_US, _WAITED) or failure.kind in (
-        "RankFailed",
-        "DistBackendError",
-        "DistNetworkError",
-        "DistStoreError",
-    ):
-        return True
-    return failure.kind == "RuntimeError" and any(sign in failure.message for sign in _CONSEQUENCES)
-
-
-def _waits(stacks: str) -> bool:
-    """Whether the main thread, which comes last, is inside torch or our own waits, and not in the user's code."""
-    main = stacks.rpartition("(most recent call first):")[2].strip().partition("\n")[0]
-    return "/torch/" in main or "/ddpkit/agree.py" in main
-
-
-def explain(status: int) -> str:
-    """An exit status in words; negative ones are signals."""
-    if status >= 0:
-        return f"exit code {status}"
-    if -status not in set(signal.Signals):  # a real-time one
-        return f"signal {-status}"
-    name = signal.Signals(-status).name
-    meaning = {
-        "SIGKILL": "killed from outside: by an administrator, another process, or the kernel when memory ran out",
-        "SIGSEGV": "a crash in native code",
-        "SIGABRT": "native code gave up",
-        "SIGBUS": "a memory access that failed; often /dev/shm or a mapped file's disk is full",
-        "SIGILL": "an instruction that this processor does not have",
-        "SIGFPE": "an arithmetic error in native code",
-    }.get(name)
-    return f"{name} ({meaning})" if meaning else name
 
 
 def _failed(rank: Rank) -> bool:

@@ -599,7 +599,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan_for(job: Job) -> Plan:
-    return Plan("slurm", 1, 1, None, "warm", 0, 3, "USR2", {}, {}, job, Path("run"), False, (), snapshot=True)
+    return Plan("slurm", 1, 1, None, "warm", "auto", 0, 3, "USR2", {}, {}, job, Path("run"), False, (), snapshot=True)
 
 
 def test_a_snapshot_has_what_git_knows_as_it_is_now(repository: Path, tmp_path: Path) -> None:
