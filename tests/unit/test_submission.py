@@ -20,6 +20,7 @@ from ddpkit import slurm, world
 from ddpkit.errors import ConfigError, UserError
 from ddpkit.slurm import JobState
 from launch import calls, cli, following, sbatch, snapshot, submission, sweep
+from launch.carrying import carried
 from launch.following import Watch
 from launch.job import Failure, Job
 from launch.plan import Plan
@@ -688,17 +689,15 @@ def test_a_function_as_a_job(play: Play) -> None:
     assert (job.done(), job.state, job.stdout(), job.stderr()) == (False, "PENDING", None, None)
     (job.folder / "7_0_log.out").write_text("hello\n")
     results = [base64.b64encode(cloudpickle.dumps(value)).decode() for value in (7, 8)]
-    outcome(job.folder, results=[*results, None])
+    outcome(job.folder, results=[*results, ""])
     assert (job.result(), job.results(), job.exception(), job.stdout()) == (7, [7, 8, None], None, "hello\n")
     assert job.state == "COMPLETED"
 
 
 def test_the_error_of_a_function_as_a_job(play: Play) -> None:
-    import cloudpickle
-
     job = calls.slurm(add, 3, nproc_per_node=1, folder="here")
     assert job.folder == Path.cwd() / "here/slurm/submission-0"
-    failure = Failure(1, "n2", 0.0, 1, "Odd", "mine", exception=cloudpickle.dumps(Odd("mine")))
+    failure = Failure(1, "n2", 0.0, 1, "Odd", "mine", exception=carried(Odd("mine")))
     outcome(job.folder, exit_code=1, failures=[failure.to_json()], report="rank 1 on n2 failed: Odd: mine")
     with pytest.raises(Odd, match="mine") as raised:
         job.result()
