@@ -73,9 +73,7 @@ class _Task:
             listener = None
             if membership.count > 1:
                 listener = stack.enter_context(rendezvous.meeting_point(place.master_addr, membership.meeting))
-            node = LeadingNode(
-                nproc, plan.start_method, env, place, membership, listener, self._allocation, plan.warning_signal
-            )
+            node = LeadingNode(nproc, plan.start_method, env, place, membership, listener)
             try:
                 ended = group.run(plan, node)
             finally:
