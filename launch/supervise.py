@@ -457,6 +457,8 @@ def passing_on_signals(node: Node, signals: tuple[signal.Signals, ...] = STOP_SI
     for number in signals:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, lambda received, _frame: node.request(received))
+        if getattr(before[number], "received", False):  # while there was nobody to pass it on to, and it got lost
+            node.request(number)
     try:
         yield
     finally:
