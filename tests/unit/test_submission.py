@@ -401,7 +401,7 @@ STATE = JobState("RUNNING", "None", 0, True, False, None)
         (replace(STATE, state="FAILED", reason="NonZeroExitCode", exit_code=2), 2, "ended as FAILED (NonZeroExitCode)"),
         (replace(STATE, state="FAILED", exit_code=139), 1, "job 7 ended as FAILED and left no word"),
         (replace(STATE, state="NODE_FAIL"), 1, "job 7 ended as NODE_FAIL"),
-        (replace(STATE, state="CANCELLED"), 75, "cancelled before it began"),
+        (replace(STATE, state="CANCELLED", nodes="n1"), 1, "job 7 ended as CANCELLED"),
         (replace(STATE, state="COMPLETED"), 0, ""),
     ],
 )
@@ -427,11 +427,10 @@ def test_a_jobs_own_word_counts(tmp_path: Path) -> None:
         assert ended is not None and (ended.exit_code, ended.failures) == (1, (failure,))
 
 
-def test_cancelled_while_it_ran(tmp_path: Path) -> None:
-    (tmp_path / "7_0_log.out").write_text("step 1\n")
-    watch = Watch(Submission("7", tmp_path), late_s=0)
-    ended = watch.look(replace(STATE, state="CANCELLED"), 0.0)
-    assert ended is not None and ended.exit_code == 1
+@pytest.mark.parametrize(("restarts", "words"), [(0, "before it began"), (1, "while it waited to start again")])
+def test_cancelled_in_the_queue(tmp_path: Path, restarts: int, words: str) -> None:
+    ended = Watch(Submission("7", tmp_path)).look(replace(STATE, state="CANCELLED", restarts=restarts), 0.0)
+    assert ended is not None and ended.exit_code == 75 and words in (ended.report or "")
 
 
 def test_ctrl_c_leaves_the_job(play: Play, capsys: Capture) -> None:
