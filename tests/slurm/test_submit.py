@@ -146,15 +146,17 @@ def test_following_a_job_through_a_requeue_shows_all_that_it_writes(cluster: Clu
         print("é" * 100000, flush=True)
         end(75)
     """
-    child = site.played(*RUN, "--wait", "-o", "launch.nnodes=2", play=play)
-    job = wait_for(lambda: list((site.cwd / "run/slurm").glob("submission-0/*_submission.sh")) if child else None)[0]
-    number = int(job.name.partition("_")[0])
+    shown = site.cwd / "shown"
+    with shown.open("wb") as file:
+        child = site.played(*RUN, "--wait", "-o", "launch.nnodes=2", play=play, stderr=file)
+    assert child.stdout is not None
+    number = int(child.stdout.readline())
     wait_for((site.cwd / "begun").exists, "the job runs")
     cluster.run("scontrol", "requeue", str(number))
+    wait_for(lambda: "is requeued" in shown.read_text(), "it says so")
     cluster.wait_for_restart(number)
-    done = finish(child, LONG_S)
-    assert (done.returncode, done.stdout) == (75, f"{number}\n"), done.stderr
-    lines = done.stderr.splitlines()
+    assert finish(child, LONG_S).returncode == 75
+    lines = shown.read_text().splitlines()
     said = [line.partition(" (")[0] for line in lines if line.startswith("ddpkit: job")]
     again = f"ddpkit: job {number} is requeued, and waits to start again"
     assert [line for line in dict.fromkeys(said) if "to start" in line] == [
