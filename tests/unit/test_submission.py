@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from ddpkit import config as configs
 from ddpkit import slurm, world
@@ -190,6 +191,18 @@ def test_variables_of_another_place_are_not_for_a_job() -> None:
     )
     assert world.not_for_a_job(env | dict.fromkeys(stays, "1"), stated) == sorted(env)
     assert "SBATCH_TIMELIMIT" not in world.not_for_a_job(env, [])
+
+
+def test_the_page_on_slurm_shows_what_is_taken() -> None:
+    page = (ROOT / "docs/slurm.md").read_text()
+    section = YAML(typ="safe").load(page.partition("```yaml\n")[2].partition("```")[0])["launch"]
+    nproc, parameters = sbatch.parameters(configs.launch_section(section))
+    assert (nproc, parameters["cpus_per_task"], parameters["time"]) == (4, 32, 240)
+    assert set(section) - {"slurm"} <= set(configs.Launch.model_fields)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    ddpkit ")]
+    assert len(commands) == 5
+    for command in commands:
+        cli._parser().parse_args(command)
 
 
 # ---------------------------------------------------------------------- the command, beside a Slurm that is played
