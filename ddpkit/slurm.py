@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -147,13 +148,29 @@ def first_address(nodes: str) -> str:
     return found[1]
 
 
+_BROADCAST = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def _run(*command: str, may_be_silent: bool = False) -> str:
     # What is read here must be whole, and as it is without a user's taste in times.
     plain = ("env", "SLURM_BITSTR_LEN=0", "SLURM_TIME_FORMAT=standard", *command)
     try:
-        done = subprocess.run(plain, capture_output=True, text=True, timeout=_COMMAND_S, stdin=subprocess.DEVNULL)
+        # Slurm signals every process of a step, one after the other: the command that asks why would get it as well.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BROADCAST)
+        try:
+            asked = subprocess.Popen(
+                plain, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with asked:
+            try:
+                said, complaint = asked.communicate(timeout=_COMMAND_S)
+            except BaseException:
+                asked.kill()
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmFailed(f"`{' '.join(command)}`: {error}") from error
-    if done.returncode or not (done.stdout.strip() or may_be_silent):
-        raise SlurmFailed(f"`{' '.join(command)}`: {done.stderr.strip() or 'no answer'}")
-    return done.stdout
+    if asked.returncode or not (said.strip() or may_be_silent):
+        raise SlurmFailed(f"`{' '.join(command)}`: {complaint.strip() or f'exit status {asked.returncode}'}")
+    return said

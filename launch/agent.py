@@ -27,6 +27,7 @@ from ddpkit.orphans import adopt_orphans, on_parents_death
 
 from .job import STOP_SIGNALS
 from .lines import Lines
+from .memory import Watch
 from .node import end_descendants
 
 _LOOK_AT_PARENT_S = 1.0  # as in `node`
@@ -67,6 +68,7 @@ class _Agent:
         self._waiting: dict[int, dict[str, int]] = {}
         self._ranks: dict[int, int] = {}  # local rank -> pid, of those that have their orders
         self._job: int | None = None
+        self._memory = Watch()
 
     def serve(self) -> None:
         """Handle orders, and what ranks and the agent say, until the launcher wants no more."""
@@ -75,6 +77,7 @@ class _Agent:
             ready, _, _ = select.select([self._control.fileno(), self._born], [], [], _LOOK_AT_PARENT_S)
             if os.getppid() != self._parent:
                 return
+            self._memory.look(list(self._ranks.values()))
             if self._born in ready:
                 self._take_births()
             if self._control.fileno() in ready and not self._take_orders():
@@ -145,6 +148,7 @@ class _Agent:
         self._job = os.memfd_create("ddpkit-job")  # as large as what a call is given
         with os.fdopen(os.dup(self._job), "w") as file:
             json.dump(job, file)
+        self._memory = Watch()
         self._ranks = {place: birth["pid"] for place, birth in self._waiting.items()}
         self._waiting = {}
         for place, pid in self._ranks.items():
@@ -159,7 +163,8 @@ class _Agent:
             status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         except ChildProcessError:
             status = 1  # the agent was faster, by less than its own look takes; it was an end that counts as failure
-        self._tell(ended=place, status=status, when=time.monotonic())
+        when = time.monotonic()
+        self._tell(ended=place, status=status, when=when, memory=vars(self._memory.last(pid)) if status else None)
 
     def _signal(self, number: int, places: list[int]) -> None:
         for place in places:

@@ -15,8 +15,9 @@ from ddpkit import world
 from ddpkit.errors import DdpkitError, UserError
 
 from .attempts import report_failure
+from .carrying import brought
 from .elastic import ElasticNode
-from .job import Failure, Job
+from .job import Failure, Job, unpickled
 from .output import Output
 from .supervise import Node
 
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 
 class RankError(DdpkitError):
-    """A rank failed in a way that has no exception to raise again: a kill, or a type that cannot be pickled."""
+    """A rank failed in a way that has no exception to raise again: a kill, an exit, or a type that cannot travel."""
 
 
 def local(
@@ -52,8 +53,8 @@ def local(
         What each rank returned, by rank.
 
     Raises:
-        BaseException: what the first rank to fail raised, of its own type, with the report as a note in its cause.
-        RankError: that rank was killed, or its exception cannot be pickled.
+        Exception: what the first rank to fail raised, of its own type, with the report as its cause.
+        RankError: that rank was killed or left by itself, or its exception cannot travel.
     """
     env = world.thread_and_network_defaults(world.environment(), nproc_per_node, len(os.sched_getaffinity(0)))
     return _call(fn, args, kwargs, Node(nproc_per_node, start_method, env), 0, tee_all)
@@ -86,8 +87,8 @@ def torchrun(
 
     Raises:
         UserError: several machines and no endpoint, or another number of ranks met than was asked for.
-        BaseException: what the first rank to fail raised, of its own type, with the report as a note in its cause.
-        RankError: that rank was killed, or its exception cannot be pickled.
+        Exception: what the first rank to fail raised, of its own type, with the report as its cause.
+        RankError: that rank was killed or left by itself, or its exception cannot travel.
     """
     if nnodes > 1 and rdzv_endpoint is None:
         raise UserError(f"rdzv_endpoint: {nnodes} machines need a place to meet; give host:port of one of them")
@@ -154,7 +155,7 @@ def _call(
                 break
     if outcome.failures:
         _raise(outcome.failures)
-    return list(outcome.results)
+    return [unpickled(result) for result in outcome.results]
 
 
 def _raise(failures: tuple[Failure, ...]) -> None:
@@ -167,8 +168,8 @@ def exception_of(failures: tuple[Failure, ...], report: str) -> BaseException:
     if not failures or not failures[0].exception:
         return told
     try:
-        error: BaseException = cloudpickle.loads(failures[0].exception)
-    except Exception:  # noqa: BLE001 - an __init__ of the type's own that wants other arguments is enough
+        error: BaseException = brought(failures[0].exception)
+    except Exception:  # noqa: BLE001 - it did come back where it was raised; here its type may find it cannot
         return told
     error.__cause__ = told
     return error

@@ -40,7 +40,7 @@ class Ended:
 
     exit_code: int
     failures: tuple[Failure, ...] = ()
-    results: tuple[str | None, ...] = ()
+    results: tuple[str, ...] = ()
     report: str | None = None
 
 

@@ -25,7 +25,8 @@ class Plan:
         nproc: ranks on this machine.
         nnodes: machines.
         rdzv_endpoint: where several machines meet.
-        start_method: "warm" or "spawn", of the local launcher.
+        start_method: "warm" or "spawn".
+        backend: of the process group, as the config has it.
         max_restarts: of a failed group.
         max_idle_requeues: how often in a row a Slurm job comes back without having got further.
         warning_signal: the name, without SIG, of what Slurm sends before the time limit.
@@ -44,6 +45,7 @@ class Plan:
     nnodes: int
     rdzv_endpoint: str | None
     start_method: str
+    backend: str
     max_restarts: int
     max_idle_requeues: int
     warning_signal: str
@@ -133,6 +135,7 @@ def make(
         nnodes=nnodes,
         rdzv_endpoint=launch.rdzv_endpoint,
         start_method=launch.start_method,
+        backend=launch.backend,
         max_restarts=launch.max_restarts,
         max_idle_requeues=launch.max_idle_requeues,
         warning_signal=launch.warning_signal,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from ddpkit import config as configs
 from ddpkit.errors import UserError
 from launch import plan as plans
+from launch.causes import explain, is_consequence_like, order_by_cause
 from launch.job import Failure, Job
 from launch.plan import Plan, visible_gpus
-from launch.supervise import explain, order_by_cause
 
 
 def _plan(*overrides: str, env: dict[str, str], gpus: int = 0, cores: int = 8, job: Job | None = None) -> Plan:
@@ -103,13 +104,14 @@ def test_visible_gpus(tmp_path: Path, chosen: str | None, count: int) -> None:
 
 
 def test_causes_come_before_consequences() -> None:
-    failures = [
+    told = [
         Failure(0, "h", 1.0, 1, "RuntimeError", "[gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]:1"),
         Failure(1, "h", 1.1, 1, "RankFailed", "rank 3 failed: ValueError: x"),
         Failure(2, "h", 1.3, 1, "RuntimeError", "of the user's own"),
         Failure(3, "h", 1.2, -9, message="SIGKILL"),
         Failure(4, "h", 1.0, 1, "DistBackendError", "NCCL error in ..."),
     ]
+    failures = [replace(each, is_consequence=is_consequence_like(each.kind, each.message)) for each in told]
     assert [failure.rank for failure in order_by_cause(failures)] == [3, 2, 0, 4, 1]
 
 

@@ -21,6 +21,7 @@ from ddpkit import slurm, world
 from ddpkit.errors import ConfigError, UserError
 from ddpkit.slurm import JobState
 from launch import calls, cli, following, sbatch, snapshot, submission, sweep
+from launch.carrying import carried
 from launch.following import Watch
 from launch.job import Failure, Job
 from launch.plan import Plan
@@ -611,7 +612,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plan_for(job: Job) -> Plan:
-    return Plan("slurm", 1, 1, None, "warm", 0, 3, "USR2", {}, {}, job, Path("run"), False, (), snapshot=True)
+    return Plan("slurm", 1, 1, None, "warm", "auto", 0, 3, "USR2", {}, {}, job, Path("run"), False, (), snapshot=True)
 
 
 def test_a_snapshot_has_what_git_knows_as_it_is_now(repository: Path, tmp_path: Path) -> None:
@@ -700,17 +701,15 @@ def test_a_function_as_a_job(play: Play) -> None:
     assert (job.done(), job.state, job.stdout(), job.stderr()) == (False, "PENDING", None, None)
     (job.folder / "7_0_log.out").write_text("hello\n")
     results = [base64.b64encode(cloudpickle.dumps(value)).decode() for value in (7, 8)]
-    outcome(job.folder, results=[*results, None])
+    outcome(job.folder, results=[*results, ""])
     assert (job.result(), job.results(), job.exception(), job.stdout()) == (7, [7, 8, None], None, "hello\n")
     assert job.state == "COMPLETED"
 
 
 def test_the_error_of_a_function_as_a_job(play: Play) -> None:
-    import cloudpickle
-
     job = calls.slurm(add, 3, nproc_per_node=1, folder="here")
     assert job.folder == Path.cwd() / "here/slurm/submission-0"
-    failure = Failure(1, "n2", 0.0, 1, "Odd", "mine", exception=cloudpickle.dumps(Odd("mine")))
+    failure = Failure(1, "n2", 0.0, 1, "Odd", "mine", exception=carried(Odd("mine")))
     outcome(job.folder, exit_code=1, failures=[failure.to_json()], report="rank 1 on n2 failed: Odd: mine")
     with pytest.raises(Odd, match="mine") as raised:
         job.result()
