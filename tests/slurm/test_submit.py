@@ -222,12 +222,16 @@ def test_slurms_refusals(site: Site) -> None:
 
 
 def test_a_job_cancelled_before_it_began(cluster: Cluster, site: Site) -> None:
-    child = site.played(*RUN, "--wait", "-o", "launch.slurm.additional_parameters={hold: true}", play="end(0)")
-    found = wait_for(lambda: list((site.cwd / "run/slurm").glob("submission-0/*_submission.sh")))
-    cluster.run("scancel", found[0].name.partition("_")[0])
-    done = finish(child, LONG_S)
-    assert done.returncode == 75, done.stderr
-    assert "waits to start (JobHeldUser)" in done.stderr and "was cancelled before it began" in done.stderr
+    shown = site.cwd / "shown"
+    with shown.open("wb") as file:
+        hold = ("-o", "launch.slurm.additional_parameters={hold: true}")
+        child = site.played(*RUN, "--wait", *hold, play="end(0)", stderr=file)
+    assert child.stdout is not None
+    number = child.stdout.readline().decode().strip()
+    wait_for(lambda: "waits to start (JobHeldUser)" in shown.read_text(), "it says why it waits")
+    cluster.run("scancel", number)
+    assert finish(child, LONG_S).returncode == 75
+    assert f"job {number} was cancelled before it began" in shown.read_text()
 
 
 def test_a_job_that_slurm_has_forgotten(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

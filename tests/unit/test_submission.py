@@ -448,7 +448,7 @@ def test_cancelled_in_the_queue(tmp_path: Path, restarts: int, words: str) -> No
 
 
 def test_ctrl_c_leaves_the_job(play: Play, capsys: Capture) -> None:
-    play.program("sbatch", f"echo Submitted batch job 7; (sleep 0.3; kill -INT {os.getpid()}) >/dev/null 2>&1 &")
+    play.says(*play.states("PENDING Reason=Priority") * 2, last=f"kill -INT {os.getpid()}")
     before = signal.getsignal(signal.SIGINT)
     assert run("--wait") == 130
     assert signal.getsignal(signal.SIGINT) is before
