@@ -124,6 +124,7 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
             "launch.slurm.partiton: unknown",
         ),
         (("run", "config.yaml", "--launcher", "slurm", "--sweep", "sede=[1]"), "sede: unknown key"),
+        (("doctor", "--launcher", "slurm"), "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"),
         (("run", "config.yaml", "--sweep", "seed=[1]"), "--sweep: an array of runs is for --launcher slurm"),
         (("launch", "missing.py"), "there is no file missing.py in"),
         (("launch", "-m", "no_such_module"), "there is no module no_such_module"),

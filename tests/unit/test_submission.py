@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from ddpkit import config as configs
 from ddpkit import slurm, world
@@ -191,6 +192,18 @@ def test_variables_of_another_place_are_not_for_a_job() -> None:
     )
     assert world.not_for_a_job(env | dict.fromkeys(stays, "1"), stated) == sorted(env)
     assert "SBATCH_TIMELIMIT" not in world.not_for_a_job(env, [])
+
+
+def test_the_page_on_slurm_shows_what_is_taken() -> None:
+    page = (ROOT / "docs/slurm.md").read_text()
+    section = YAML(typ="safe").load(page.partition("```yaml\n")[2].partition("```")[0])["launch"]
+    nproc, parameters = sbatch.parameters(configs.launch_section(section))
+    assert (nproc, parameters["cpus_per_task"], parameters["time"]) == (4, 32, 240)
+    assert set(section) - {"slurm"} <= set(configs.Launch.model_fields)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    ddpkit ")]
+    assert len(commands) == 5
+    for command in commands:
+        cli._parser().parse_args(command)
 
 
 # ---------------------------------------------------------------------- the command, beside a Slurm that is played
@@ -402,7 +415,7 @@ STATE = JobState("RUNNING", "None", 0, True, False, None)
         (replace(STATE, state="FAILED", reason="NonZeroExitCode", exit_code=2), 2, "ended as FAILED (NonZeroExitCode)"),
         (replace(STATE, state="FAILED", exit_code=139), 1, "job 7 ended as FAILED and left no word"),
         (replace(STATE, state="NODE_FAIL"), 1, "job 7 ended as NODE_FAIL"),
-        (replace(STATE, state="CANCELLED"), 75, "cancelled before it began"),
+        (replace(STATE, state="CANCELLED", nodes="n1"), 1, "job 7 ended as CANCELLED"),
         (replace(STATE, state="COMPLETED"), 0, ""),
     ],
 )
@@ -428,15 +441,14 @@ def test_a_jobs_own_word_counts(tmp_path: Path) -> None:
         assert ended is not None and (ended.exit_code, ended.failures) == (1, (failure,))
 
 
-def test_cancelled_while_it_ran(tmp_path: Path) -> None:
-    (tmp_path / "7_0_log.out").write_text("step 1\n")
-    watch = Watch(Submission("7", tmp_path), late_s=0)
-    ended = watch.look(replace(STATE, state="CANCELLED"), 0.0)
-    assert ended is not None and ended.exit_code == 1
+@pytest.mark.parametrize(("restarts", "words"), [(0, "before it began"), (1, "while it waited to start again")])
+def test_cancelled_in_the_queue(tmp_path: Path, restarts: int, words: str) -> None:
+    ended = Watch(Submission("7", tmp_path)).look(replace(STATE, state="CANCELLED", restarts=restarts), 0.0)
+    assert ended is not None and ended.exit_code == 75 and words in (ended.report or "")
 
 
 def test_ctrl_c_leaves_the_job(play: Play, capsys: Capture) -> None:
-    play.program("sbatch", f"echo Submitted batch job 7; (sleep 0.3; kill -INT {os.getpid()}) >/dev/null 2>&1 &")
+    play.says(*play.states("PENDING Reason=Priority") * 2, last=f"kill -INT {os.getpid()}")
     before = signal.getsignal(signal.SIGINT)
     assert run("--wait") == 130
     assert signal.getsignal(signal.SIGINT) is before
