@@ -93,7 +93,9 @@ def _consequences(first: Failure, others: list[Failure]) -> list[str]:
     ranks: dict[str, list[int]] = {}
     for other in others:
         is_same = (other.kind, other.message) == (first.kind, first.message)
-        said = "" if is_same else _with_kind(other, _ADDRESS.sub("", _first_line(other))[:160])
+        line = _ADDRESS.sub("", _first_line(other))
+        brief = line.partition(". ")[0] if other.is_consequence else line  # gloo goes on about where to look
+        said = "" if is_same else _with_kind(other, brief[:160])
         ranks.setdefault(said, []).append(other.rank)
     same = ranks.pop("", [])
     lines = [f"the same on rank(s) {_listed(same)}"] if same else []
