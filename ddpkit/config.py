@@ -124,7 +124,8 @@ class Launch(Section):
     nproc_without_gpu: Count | None = None
     """What auto means on a machine without a GPU; null: one rank per two cores."""
     start_method: Literal["warm", "spawn"] = "warm"
-    """local: warm: one process imports torch and forks the ranks. spawn: each rank is a new interpreter."""
+    """local, slurm: warm: one process a node imports torch and forks the ranks. spawn: each rank is a new
+    interpreter; under slurm a task of its own."""
     max_restarts: int = Field(default=0, ge=0, lt=2**31)
     """How often the launcher itself starts a failed group of ranks again."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -136,7 +137,7 @@ class Launch(Section):
     rdzv_endpoint: str | None = None
     """host:port at which several machines meet (torchrun)."""
     cpus_per_rank: Count | None = None
-    """Cores for each rank; null: the machine's, shared out evenly."""
+    """Cores for each rank; null: the machine's, shared out evenly (slurm: one, unless the job has whole nodes)."""
     warning_signal: Literal["USR1", "USR2", "HUP"] = "USR2"
     """slurm: the signal that comes before the time limit, and asks all ranks to stop and save."""
     max_idle_requeues: int = Field(default=3, ge=0, lt=2**31)
@@ -367,6 +368,14 @@ def load_launch(overrides: Sequence[str]) -> Launch:
     return alone.launch
 
 
+def launch_section(tree: JsonValue) -> Launch:
+    """Check a ``launch`` section of plain values.
+
+    Raises ``ConfigError`` with all problems, one a line.
+    """
+    return _checked({"launch": tree}, None, _LaunchAlone).launch
+
+
 def from_tree(tree: JsonValue) -> Config:
     """Check a tree of plain values, as ``to_tree`` gives it.
 
@@ -428,7 +437,6 @@ class _NotBuilt:
 
 
 _NOT_BUILT = (
-    _NotBuilt("launch.launcher", ("inline", "local", "torchrun"), "choose inline, local or torchrun"),
     _NotBuilt("launch.stall_timeout_s", (600.0,), "leave it out; launch.timeout_s ends a collective that is stuck"),
     _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),

@@ -41,6 +41,10 @@ class Superseded(DdpkitError):
     """Another process has taken the run directory over; this one may not write to it any more."""
 
 
+class NoProgress(DdpkitError):
+    """A Slurm job has come back too often without getting any further, so it does not come back again."""
+
+
 class StopRequested(SystemExit):
     """An agreed stop: every rank has finished the same step and the state is saved. Ends a script with code 75."""
 

@@ -33,7 +33,7 @@ def main(places: str) -> int:
     with os.fdopen(_open(agent, told["job"], os.O_RDONLY)) as file:
         job = Job.from_json(json.load(file))
     given = told["order"]
-    writers = {name: _open(agent, given[name], os.O_WRONLY) for name in ("stdout", "stderr", "report")}
+    writers = {name: _open(agent, given[name], os.O_WRONLY) for name in RankOrder.PIPES}
     order = RankOrder(world.rank, {}, **writers)
     if world.world_size != settings["world_size"]:
         # Seen with one machine's clock behind: an agent that trained as the only one, and said that all was well.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpkit.errors import UserError
+from ddpkit.errors import EXIT_STOPPED, UserError
+from ddpkit.world import Allocation
 
 from .causes import explain
 from .job import Failure
@@ -29,16 +30,20 @@ class AttemptFile:
     @property
     def log_dir(self) -> Path:
         """Where the ranks' logs go."""
-        return self.run_dir / "logs" / f"attempt-{self.number}"
+        return log_dir(self.run_dir, self.number)
 
-    def end(self, how: str, exit_code: int) -> None:
-        """Note how the attempt ended."""
+    def end(self, how: str, exit_code: int, requeued: str | None = None) -> None:
+        """Note how the attempt ended; ``requeued``: why Slurm starts the job again."""
         ended = {"ended": time.time(), "how": how, "exit_code": exit_code}
+        if requeued is not None:
+            ended["requeued"] = requeued
         write(_path(self.run_dir, self.number), self.begun | ended)
 
 
-def begin(run_dir: Path, launcher: str, nproc: int, command: tuple[str, ...]) -> AttemptFile:
-    """Take the next attempt's number and make its folders.
+def begin(
+    run_dir: Path, launcher: str, nproc: int, command: tuple[str, ...], allocation: Allocation | None = None
+) -> AttemptFile:
+    """Take the next attempt's number and make its folders. ``allocation``: the Slurm job in which it runs.
 
     Raises:
         UserError: the run directory cannot be written.
@@ -51,6 +56,8 @@ def begin(run_dir: Path, launcher: str, nproc: int, command: tuple[str, ...]) ->
         "command": list(command),
         "started": time.time(),
     }
+    if allocation is not None:
+        begun |= {"job": allocation.job_id, "restart_count": allocation.restart_count}
     try:
         (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
         number = _take_number(run_dir)
@@ -63,6 +70,20 @@ def begin(run_dir: Path, launcher: str, nproc: int, command: tuple[str, ...]) ->
         ) from error
     write(_path(run_dir, number), attempt.begun)
     return attempt
+
+
+def log_dir(run_dir: Path, number: int) -> Path:
+    """Where the ranks' logs of an attempt go."""
+    return run_dir / "logs" / f"attempt-{number}"
+
+
+def count_saved(run_dir: Path) -> int:
+    """How many attempts have ended with their state saved."""
+    count = 0
+    for path in (run_dir / "attempts").glob("attempt-*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # taken, but not written yet
+            count += json.loads(path.read_text()).get("exit_code") == EXIT_STOPPED
+    return count
 
 
 def report_failure(failures: tuple[Failure, ...], attempt: AttemptFile | None) -> str:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import cloudpickle
 
+from ddpkit import config as configs
 from ddpkit import world
 from ddpkit.errors import DdpkitError, UserError
 
 from .attempts import report_failure
 from .carrying import brought
 from .elastic import ElasticNode
-from .job import Failure, Job
+from .job import Failure, Job, unpickled
 from .output import Output
 from .supervise import Node
+
+if TYPE_CHECKING:
+    from .handle import SlurmJob
 
 T = TypeVar("T")
 
@@ -93,6 +98,52 @@ def torchrun(
     return _call(fn, args, kwargs, node, max_restarts, tee_all)
 
 
+def slurm(
+    fn: Callable[..., T],
+    *args: Any,
+    nodes: int = 1,
+    nproc_per_node: int | Literal["auto"] = "auto",
+    folder: str | os.PathLike[str] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    start_method: Literal["warm", "spawn"] = "warm",
+    cpus_per_rank: int | None = None,
+    tee_all: bool = False,
+    **options: Any,
+) -> SlurmJob[T]:
+    """Submit ``fn(*args, **kwargs)`` as a Slurm job, on ranks on its nodes; returns at once.
+
+    Args:
+        fn: any function, also one of a notebook; it travels by cloudpickle.
+        args: positional arguments.
+        nodes: how many.
+        nproc_per_node: ranks on each of them; "auto": as many as ``gpus_per_node`` says.
+        folder: for the plan, the logs and the results, where all nodes see it; by default a new one in ``runs``.
+        kwargs: keyword arguments of ``fn``; all others that are given here are options.
+        start_method: "warm" forks a node's ranks from a process that has imported torch; "spawn" gives each a task.
+        cpus_per_rank: cores for each rank; one by default, unless the job has whole nodes.
+        tee_all: log the output of all ranks, not only rank zero's, where `SlurmJob.stdout` finds it.
+        options: of the submission, by submitit's names: ``partition="gpu"``, ``timeout_min=60``, ``setup=[...]``.
+
+    Raises:
+        UserError: an unknown option, no Slurm on this machine, or it refuses the job.
+    """
+    from . import plan, submission  # with submitit, which nothing else here needs
+    from .handle import SlurmJob
+
+    section: dict[str, Any] = {
+        "launcher": "slurm",
+        "nnodes": nodes,
+        "nproc_per_node": nproc_per_node,
+        "start_method": start_method,
+    }
+    settings = configs.launch_section(section | {"cpus_per_rank": cpus_per_rank, "slurm": options})
+    job = Job("call", call=cloudpickle.dumps((fn, args, dict(kwargs or {}))), search_path=tuple(sys.path))
+    name = getattr(fn, "__name__", "call")
+    home = submission.new_home(name) if folder is None else Path(folder)
+    made = plan.make(settings, job, run_dir=home, tee_all=tee_all, command=("launch.slurm", name))
+    return SlurmJob(submission.submit((made,), home))
+
+
 def _call(
     fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], node: Node, max_restarts: int, tee_all: bool
 ) -> list[T]:
@@ -104,15 +155,21 @@ def _call(
                 break
     if outcome.failures:
         _raise(outcome.failures)
-    return list(outcome.results)
+    return [unpickled(result) for result in outcome.results]
 
 
 def _raise(failures: tuple[Failure, ...]) -> None:
-    report = RankError(report_failure(failures, None))
-    if not failures[0].exception:
-        raise report
+    raise exception_of(failures, report_failure(failures, None))
+
+
+def exception_of(failures: tuple[Failure, ...], report: str) -> BaseException:
+    """What the first rank to fail raised, with the report as its cause; a `RankError` where that cannot be had."""
+    told = RankError(report)
+    if not failures or not failures[0].exception:
+        return told
     try:
-        error = brought(failures[0].exception)
+        error: BaseException = brought(failures[0].exception)
     except Exception:  # noqa: BLE001 - it did come back where it was raised; here its type may find it cannot
-        raise report from None
-    raise error from report
+        return told
+    error.__cause__ = told
+    return error

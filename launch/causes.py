@@ -19,6 +19,7 @@ from .job import Failure
 from .memory import PERHAPS_THE_KERNEL, WORKER_DIED
 
 ENDED_BY_US = "ended by the launcher, as it did not end by itself"
+WAITED = "ended by the launcher while it waited for others"
 
 _CONSEQUENCE_KINDS = {
     "RankFailed",
@@ -82,6 +83,12 @@ def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
     return tuple(
         sorted(failures, key=lambda each: (each.is_consequence or each.message == ENDED_BY_US, each.when)),
     )
+
+
+def waits(stacks: str) -> bool:
+    """Whether the main thread, which faulthandler shows last, waits inside torch or ddpkit, and not in user's code."""
+    innermost = stacks.rpartition("(most recent call first):")[2].strip().partition("\n")[0]
+    return "/torch/" in innermost or "/ddpkit/agree.py" in innermost
 
 
 def explain(status: int) -> str:

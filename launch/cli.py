@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="let this key differ from the run's config",
     )
+    run.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=[V,W]",
+        help="slurm: a run for each of these values, as one array of jobs; several give all combinations",
+    )
     run.set_defaults(command=commands.run)
 
     launch = verbs.add_parser("launch", help="run a script of your own on several ranks")

@@ -20,7 +20,7 @@ from ddpkit.world import World
 
 from .attempts import report_failure
 from .elastic import ElasticNode
-from .job import Job
+from .job import Job, unpickled
 from .output import Output
 from .plan import visible_gpus
 from .supervise import Node
@@ -104,7 +104,7 @@ def _examine_started(node: Node, settings: Launch, nproc: int) -> int:
         return EXIT_FAILED
     if outcome.exit_code != EXIT_DONE:
         return outcome.exit_code
-    problems: list[str] = outcome.results[0]
+    problems: list[str] = unpickled(outcome.results[0])
     _conclude(problems, f"{nproc * settings.nnodes} ranks by launcher {settings.launcher}", started)
     return EXIT_FAILED if problems else EXIT_DONE
 

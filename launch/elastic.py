@@ -45,11 +45,7 @@ class ElasticNode(Node):
     def _start(self, job: Job, restart_count: int) -> None:
         """Wait until the agent has started the ranks, then give them their orders."""
         while self._first is None and not self._lost:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._control:
-                    self._hear()
-                elif key.data is None:
-                    self._pass_on()
+            self._handle_events(timeout_s=None)
             if self._requested is not None:  # nothing has begun
                 self.ends_now = True
                 return

@@ -5,10 +5,15 @@ from __future__ import annotations
 import base64
 import signal
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+import cloudpickle
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks ranks to stop; blocked in a new rank until it can stop in an orderly way."""
+
+STACK_SIGNAL = signal.SIGRTMIN + 9
+"""Has a rank write where all its threads are, also from inside C++."""
 
 Kind = Literal["run", "eval", "script", "module", "call"]
 
@@ -59,6 +64,14 @@ class RankOrder:
     stdout: int
     stderr: int
     report: int
+    stacks: int
+
+    PIPES: ClassVar = ("stdout", "stderr", "report", "stacks")
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All that it writes to."""
+        return tuple(getattr(self, name) for name in self.PIPES)
 
 
 @dataclass(frozen=True)
@@ -132,3 +145,8 @@ class Failure:
             "exception": base64.b64decode(tree["exception"]),
         }
         return cls(**given)
+
+
+def unpickled(result: str) -> Any:
+    """What a rank's call returned, out of an `Outcome`."""
+    return cloudpickle.loads(base64.b64decode(result))

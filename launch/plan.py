@@ -25,16 +25,19 @@ class Plan:
         nproc: ranks on this machine.
         nnodes: machines.
         rdzv_endpoint: where several machines meet.
-        start_method: "warm" or "spawn", of the local launcher.
+        start_method: "warm" or "spawn".
+        backend: of the process group, as the config has it.
         max_restarts: of a failed group.
         max_idle_requeues: how often in a row a Slurm job comes back without having got further.
         warning_signal: the name, without SIG, of what Slurm sends before the time limit.
-        slurm: options of the submission, by submitit's names.
+        slurm: what is asked of Slurm, as `sbatch.parameters` gives it; empty for other launchers.
         env: variables that every rank gets besides those that say who it is.
         job: what the ranks do.
         run_dir: where attempts, logs and failure reports go; None keeps none.
         tee_all: show the output of all ranks.
         command: what was typed, for the record.
+        snapshot: whether a Slurm job gets a copy of the code.
+        waits: whether the launcher follows a Slurm job to its end.
     """
 
     launcher: str
@@ -42,6 +45,7 @@ class Plan:
     nnodes: int
     rdzv_endpoint: str | None
     start_method: str
+    backend: str
     max_restarts: int
     max_idle_requeues: int
     warning_signal: str
@@ -51,6 +55,8 @@ class Plan:
     run_dir: Path | None
     tee_all: bool
     command: tuple[str, ...]
+    snapshot: bool = False
+    waits: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A tree that `from_json` takes back."""
@@ -78,13 +84,16 @@ class Plan:
         lines = [
             f"launcher: {self.launcher}",
             f"ranks: {self.world_size}",
-            *([f"nodes: {self.nnodes}, which meet at {self.rdzv_endpoint}"] if self.nnodes > 1 else []),
+            *([f"nodes: {self.nnodes}{self._meeting()}"] if self.nnodes > 1 else []),
             *([f"start_method: {self.start_method}"] if self.launcher != "torchrun" else []),
             f"max_restarts: {self.max_restarts}",
             f"job: {self.job.kind} {what}",
             *(f"env: {name}={value}" for name, value in sorted(self.env.items())),
         ]
         return "\n".join(lines)
+
+    def _meeting(self) -> str:
+        return "" if self.rdzv_endpoint is None else f", which meet at {self.rdzv_endpoint}"
 
 
 def make(
@@ -96,6 +105,7 @@ def make(
     command: tuple[str, ...],
     deterministic: bool = False,
     global_batch_size: int | None = None,
+    waits: bool = False,
 ) -> Plan:
     """Decide how many ranks start, and with which environment.
 
@@ -103,6 +113,45 @@ def make(
         UserError: more ranks than GPUs or than samples in a global batch, or somebody has started ranks already.
     """
     env = world.environment()
+    slurm: dict[str, Any] = {}
+    added: dict[str, str] = {}
+    if launch.launcher == "slurm":
+        from . import sbatch  # with submitit, for this alone
+
+        nproc, slurm = sbatch.parameters(launch)
+        nnodes, has_gpus = launch.nnodes, launch.backend != "gloo"  # what its nodes are like, the job will see
+    else:
+        nproc, nnodes, has_gpus, added = _here(launch, env)
+    if global_batch_size is not None and global_batch_size < nproc * nnodes:
+        raise UserError(
+            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc * nnodes} ranks; give at "
+            f"least {nproc * nnodes}, or start fewer ranks (launch.nproc_per_node)"
+        )
+    if deterministic and has_gpus and "CUBLAS_WORKSPACE_CONFIG" not in env:
+        added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch asks for it
+    return Plan(
+        launcher=launch.launcher,
+        nproc=nproc,
+        nnodes=nnodes,
+        rdzv_endpoint=launch.rdzv_endpoint,
+        start_method=launch.start_method,
+        backend=launch.backend,
+        max_restarts=launch.max_restarts,
+        max_idle_requeues=launch.max_idle_requeues,
+        warning_signal=launch.warning_signal,
+        slurm=slurm,
+        env=added,
+        job=job,
+        run_dir=run_dir,
+        tee_all=tee_all,
+        command=command,
+        snapshot=launch.snapshot,
+        waits=waits,
+    )
+
+
+def _here(launch: Launch, env: Mapping[str, str]) -> tuple[int, int, bool, dict[str, str]]:
+    """Ranks on this machine, machines, whether the ranks have GPUs, and variables for them."""
     here = World.from_env(env)
     nnodes = _nodes(launch, here)
     gpus = 0 if launch.backend == "gloo" else visible_gpus(env)
@@ -115,30 +164,8 @@ def make(
         )
     if launch.backend == "nccl" and not gpus:
         raise UserError("launch.backend: nccl needs GPUs, and this machine shows none; use auto or gloo")
-    if global_batch_size is not None and global_batch_size < nproc * nnodes:
-        raise UserError(
-            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc * nnodes} ranks; give at "
-            f"least {nproc * nnodes}, or start fewer ranks (launch.nproc_per_node)"
-        )
     added = world.thread_and_network_defaults(env, nproc, (launch.cpus_per_rank or 0) * nproc or cores, nnodes)
-    if deterministic and gpus and "CUBLAS_WORKSPACE_CONFIG" not in env:
-        added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch asks for it
-    return Plan(
-        launcher=launch.launcher,
-        nproc=nproc,
-        nnodes=nnodes,
-        rdzv_endpoint=launch.rdzv_endpoint,
-        start_method=launch.start_method,
-        max_restarts=launch.max_restarts,
-        max_idle_requeues=launch.max_idle_requeues,
-        warning_signal=launch.warning_signal,
-        slurm=dict(launch.slurm),
-        env=added,
-        job=job,
-        run_dir=run_dir,
-        tee_all=tee_all,
-        command=command,
-    )
+    return nproc, nnodes, gpus > 0, added
 
 
 def visible_gpus(env: Mapping[str, str], device_files: Path = Path("/dev")) -> int:

@@ -27,7 +27,7 @@ from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, Ddpki
 
 from .carrying import carried
 from .causes import cause_of, explain
-from .job import STOP_SIGNALS, Failure, Job, RankOrder
+from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, RankOrder
 from .memory import be_killed_first
 
 
@@ -45,6 +45,7 @@ def run(job: Job, order: RankOrder) -> int:
     _redirect(order, takes_input=order.rank == 0 and job.kind in ("script", "module"))
     faulthandler.enable(all_threads=False)  # a crash in native code says where it was called from
     sys.path[0:1] = job.search_path
+    faulthandler.register(STACK_SIGNAL, file=order.stacks, all_threads=True)
     me = os.getpid()
     try:
         _do(job, order)
@@ -74,13 +75,21 @@ def _do(job: Job, order: RankOrder) -> None:
         _show_log()
         worker.work(job.kind, job.config, job.options)  # lets the stop signals through when it can stop
         return
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    _let_signals_through()
     if job.kind == "call":
         function, args, kwargs = cloudpickle.loads(job.call)
         result = cloudpickle.dumps(function(*args, **kwargs))
         _report(order, {"result": base64.b64encode(result).decode()})
     else:
         _run_as_main(job)
+
+
+def _let_signals_through() -> None:
+    """A script gets the stop signals as ever. Slurm's warning would end one that has no handler: it is for others."""
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS) - set(STOP_SIGNALS)
+    for number in held:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
 
 
 def _run_as_main(job: Job) -> None:

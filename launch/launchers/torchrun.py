@@ -9,4 +9,6 @@ from ..plan import Plan
 
 def run(plan: Plan) -> int:
     """Start this machine's ranks, let the agent restart them as often as the plan allows, and give the exit code."""
-    return group.run(plan, ElasticNode(plan.nproc, plan.env, plan.max_restarts, plan.nnodes, plan.rdzv_endpoint))
+    return group.run(
+        plan, ElasticNode(plan.nproc, plan.env, plan.max_restarts, plan.nnodes, plan.rdzv_endpoint)
+    ).exit_code
