@@ -33,6 +33,13 @@ def _usable_path(path: str) -> str:
     return path
 
 
+def _is_range(text: str) -> str:
+    fewest, colon, most = text.partition(":")
+    if not (colon and fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most) < 2**31):
+        raise ValueError(f"expected an integer of at least 1 or a range such as '2:4', got {shown(text)}")
+    return text
+
+
 def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
     problems = [problem for name, value in args.items() for problem in _arg_problems(value, (name,))]
     if problems:
@@ -81,6 +88,11 @@ Args: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_buildable)]
 """Keyword arguments. A value ``{factory: ..., args: ...}`` is built, ``{ref: ...}`` is the object itself."""
 
 Count: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
+NodeRange: TypeAlias = Annotated[
+    str, AfterValidator(_is_range), WithJsonSchema({"type": "string", "format": "range of numbers"})
+]
+"""``"2:4"``: from 2 to 4 machines."""
+
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10_000_000, allow_inf_nan=False)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -117,8 +129,8 @@ class Launch(Section):
     launcher: Literal["inline", "local", "torchrun", "slurm"] = "local"
     """inline: this process, alone or as the rank that somebody else (torchrun, srun, mpirun) has made it. local:
     processes on this machine. torchrun, slurm: through them."""
-    nnodes: Count = 1
-    """Number of machines."""
+    nnodes: Count | NodeRange = 1
+    """Number of machines; torchrun also takes a range such as "2:4" (a string in YAML): they may come and go."""
     nproc_per_node: Count | Literal["auto"] = "auto"
     """Ranks on each machine; auto: one per GPU, and where there is none, as `nproc_without_gpu` says."""
     nproc_without_gpu: Count | None = None
@@ -146,6 +158,14 @@ class Launch(Section):
     """slurm: whether the job runs a copy of the code, taken when it is submitted, instead of what is there by then."""
     slurm: dict[str, JsonValue] = {}
     """Options of the Slurm submission by submitit's names; the prefix `slurm_` may be left out."""
+
+
+def node_range(nnodes: int | str) -> tuple[int, int]:
+    """The fewest and the most machines that ``launch.nnodes`` asks for."""
+    if isinstance(nnodes, int):
+        return nnodes, nnodes
+    fewest, _, most = nnodes.partition(":")
+    return int(fewest), int(most)
 
 
 class InitFrom(Section):

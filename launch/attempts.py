@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class AttemptFile:
 
     run_dir: Path
     number: int
-    begun: dict[str, Any]
+    begun: dict[str, Any] | None
+    """What is known of it; None where another node's launcher writes it down."""
 
     @property
     def log_dir(self) -> Path:
@@ -34,6 +36,8 @@ class AttemptFile:
 
     def end(self, how: str, exit_code: int, requeued: str | None = None) -> None:
         """Note how the attempt ended; ``requeued``: why Slurm starts the job again."""
+        if self.begun is None:
+            return
         ended = {"ended": time.time(), "how": how, "exit_code": exit_code}
         if requeued is not None:
             ended["requeued"] = requeued
@@ -58,18 +62,36 @@ def begin(
     }
     if allocation is not None:
         begun |= {"job": allocation.job_id, "restart_count": allocation.restart_count}
-    try:
+    with _writing_into(run_dir):
         (run_dir / "attempts").mkdir(parents=True, exist_ok=True)
         number = _take_number(run_dir)
         attempt = AttemptFile(run_dir, number, {"attempt": number} | begun)
         attempt.log_dir.mkdir(parents=True, exist_ok=True)
+    write(_path(run_dir, number), {"attempt": number} | begun)
+    return attempt
+
+
+def follow(run_dir: Path, number: int) -> AttemptFile:
+    """Join an attempt that another node's launcher has begun: only the logs of the ranks here are written here.
+
+    Raises:
+        UserError: the run directory cannot be written.
+    """
+    attempt = AttemptFile(run_dir, number, None)
+    with _writing_into(run_dir):
+        attempt.log_dir.mkdir(parents=True, exist_ok=True)
+    return attempt
+
+
+@contextlib.contextmanager
+def _writing_into(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"run_dir: {run_dir} cannot be written: {error.strerror}. Choose another one, or make room or change its "
             "permissions."
         ) from error
-    write(_path(run_dir, number), attempt.begun)
-    return attempt
 
 
 def log_dir(run_dir: Path, number: int) -> Path:
@@ -99,7 +121,7 @@ def report_failure(failures: tuple[Failure, ...], attempt: AttemptFile | None) -
         lines += ["  its last words:", *("  | " + line for line in first.last_lines)]
     lines += [f"  {line}" for line in _consequences(first, others)]
     lines.append(advice)
-    if attempt is not None:
+    if attempt is not None and attempt.begun is not None:
         tree = _tree(first) | {
             "attempt": attempt.number,
             "log": logs,
@@ -114,7 +136,9 @@ def _consequences(first: Failure, others: list[Failure]) -> list[str]:
     ranks: dict[str, list[int]] = {}
     for other in others:
         is_same = (other.kind, other.message) == (first.kind, first.message)
-        said = "" if is_same else _with_kind(other, _ADDRESS.sub("", _first_line(other))[:160])
+        line = _ADDRESS.sub("", _first_line(other))
+        brief = line.partition(". ")[0] if other.is_consequence else line  # gloo goes on about where to look
+        said = "" if is_same else _with_kind(other, brief[:160])
         ranks.setdefault(said, []).append(other.rank)
     same = ranks.pop("", [])
     lines = [f"the same on rank(s) {_listed(same)}"] if same else []

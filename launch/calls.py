@@ -17,7 +17,7 @@ from ddpkit.errors import DdpkitError, UserError
 from .attempts import report_failure
 from .carrying import brought
 from .elastic import ElasticNode
-from .job import Failure, Job, unpickled
+from .job import Failure, Job, Terms, unpickled
 from .output import Output
 from .supervise import Node
 
@@ -64,7 +64,7 @@ def torchrun(
     fn: Callable[..., T],
     *args: Any,
     nproc_per_node: int = 2,
-    nnodes: int = 1,
+    nnodes: int | str = 1,
     rdzv_endpoint: str | None = None,
     max_restarts: int = 0,
     tee_all: bool = False,
@@ -76,7 +76,7 @@ def torchrun(
         fn: any function, also one of a notebook; it travels by cloudpickle, to the ranks of this machine.
         args: positional arguments.
         nproc_per_node: ranks on each machine.
-        nnodes: machines; the same call is made on each of them.
+        nnodes: machines, or a range of them such as "2:4"; the same call is made on each of them.
         rdzv_endpoint: ``host:port`` of one of them, where they meet; not needed on one machine.
         max_restarts: how often the agent starts all ranks again after a failure.
         tee_all: show the output of all ranks of this machine, not only the first one's.
@@ -90,11 +90,12 @@ def torchrun(
         Exception: what the first rank to fail raised, of its own type, with the report as its cause.
         RankError: that rank was killed or left by itself, or its exception cannot travel.
     """
-    if nnodes > 1 and rdzv_endpoint is None:
+    fewest, most = configs.node_range(configs.launch_section({"launcher": "torchrun", "nnodes": nnodes}).nnodes)
+    if most > 1 and rdzv_endpoint is None:
         raise UserError(f"rdzv_endpoint: {nnodes} machines need a place to meet; give host:port of one of them")
     cores = len(os.sched_getaffinity(0))
-    env = world.thread_and_network_defaults(world.environment(), nproc_per_node, cores, nnodes)
-    node = ElasticNode(nproc_per_node, env, max_restarts, nnodes, rdzv_endpoint)
+    env = world.thread_and_network_defaults(world.environment(), nproc_per_node, cores, most)
+    node = ElasticNode(Terms(nproc_per_node, fewest, most, max_restarts), env, rdzv_endpoint)
     return _call(fn, args, kwargs, node, max_restarts, tee_all)
 
 

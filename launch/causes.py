@@ -80,9 +80,12 @@ def is_consequence_like(kind: str, message: str) -> bool:
 
 def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
     """The cause first: the earliest failure that is not what a rank sees when another one has gone."""
-    return tuple(
-        sorted(failures, key=lambda each: (each.is_consequence or each.message == ENDED_BY_US, each.when)),
-    )
+    return tuple(sorted(failures, key=lambda failure: (follows(failure), failure.when)))
+
+
+def follows(failure: Failure) -> bool:
+    """Whether another failure is behind this one."""
+    return failure.is_consequence or failure.message == ENDED_BY_US
 
 
 def waits(stacks: str) -> bool:

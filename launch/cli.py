@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     launch = verbs.add_parser("launch", help="run a script of your own on several ranks")
     launch.add_argument("--nproc-per-node", metavar="N", help="ranks on this machine, or auto")
-    launch.add_argument("--nnodes", metavar="N", help="machines")
+    launch.add_argument("--nnodes", metavar="N", help="machines, or with torchrun a range of them: 2:4")
     launch.add_argument("--run-dir", type=Path, metavar="DIR", help="where attempts, logs and failure reports go")
     _add_overrides(launch)
     _add_launching(launch)

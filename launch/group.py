@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DdpkitError, NoProg
 from ddpkit.record import Recorder
 from ddpkit.world import Allocation
 
-from .attempts import AttemptFile, begin, count_saved, report_failure
+from .attempts import AttemptFile, begin, count_saved, follow, report_failure
 from .job import STOP_SIGNALS
 from .output import Output
 from .plan import Plan
@@ -64,8 +65,12 @@ def _run(plan: Plan, run_dir: Path, node: Node) -> Ended:
     allocation = world.allocation(world.environment())
     # Slurm's warning goes to every process of a step; outside Slurm that signal belongs to others.
     warning = (signal_number(plan.warning_signal),) if allocation is not None else ()
+
+    def take(ranks: int) -> AttemptFile:
+        return begin(run_dir, plan.launcher, ranks, plan.command, allocation)
+
     with ExitStack() as stack:
-        attempt = begin(run_dir, plan.launcher, plan.world_size, plan.command, allocation)
+        attempt = None if node.is_numbered_late else take(plan.world_size)
         with holding_back(warning):  # it would end processes that have no handler for it
             stack.enter_context(node)
         if allocation is not None:
@@ -74,18 +79,41 @@ def _run(plan: Plan, run_dir: Path, node: Node) -> Ended:
         stack.enter_context(passing_on_signals(node, (*STOP_SIGNALS, *warning)))
         restart_count = 0
         while True:
+            if attempt is None:
+                numbered = _number(node, take, partial(follow, run_dir))
+                if isinstance(numbered, Ended):
+                    return numbered
+                attempt = numbered
             ended = _attempt(plan, node, attempt, restart_count)
             outcome = ended.outcome
             if outcome is None:
                 return ended
             is_final = not outcome.failures or outcome.exit_code == EXIT_USER or outcome.stopped_by is not None
-            if is_final or restart_count == plan.max_restarts or outcome.has_lost_node:
+            if outcome.regroups:
+                _say("nodes have come or gone: starting all ranks anew")
+            elif is_final or restart_count == plan.max_restarts or outcome.has_lost_node:
                 break
-            restart_count += 1
-            _say(f"restarting all ranks ({restart_count} of {plan.max_restarts})")
-            attempt = begin(run_dir, plan.launcher, plan.world_size, plan.command, allocation)
+            else:
+                restart_count += 1
+                _say(f"restarting all ranks ({restart_count} of {plan.max_restarts})")
+            attempt = None
+    assert attempt is not None  # the last one
     # After the ranks' end: Slurm ends all that is left of the job as soon as it is asked.
     return _come_back(plan, allocation, attempt, ended) if allocation is not None else ended
+
+
+def _number(
+    node: Node, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]
+) -> AttemptFile | Ended:
+    try:
+        numbered = node.number(take, follow)
+    except DdpkitError as error:
+        _say(str(error))
+        return Ended(error.exit_code, report=str(error))
+    if isinstance(numbered, Outcome):
+        _say(_how(numbered))
+        return Ended(numbered.exit_code, numbered)
+    return numbered
 
 
 def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -> Ended:
@@ -104,12 +132,14 @@ def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -
         first = outcome.failures[0]
         report = first.message if first.is_users_input else report_failure(outcome.failures, attempt)
         _say(report)
-    elif outcome.exit_code != EXIT_DONE:
+    elif outcome.exit_code != EXIT_DONE and not outcome.regroups:
         _say(f"{how}, state saved; run it again to continue" if outcome.is_saved else how)
     return Ended(outcome.exit_code, outcome, report)
 
 
 def _how(outcome: Outcome) -> str:
+    if outcome.regroups:
+        return "nodes came or went"
     if outcome.failures:
         first = outcome.failures[0]
         return f"rank {first.rank} failed: {first.kind or ''} {first.message}".replace(":  ", ": ")

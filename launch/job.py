@@ -75,6 +75,33 @@ class RankOrder:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """What the launchers of an elastic group have to agree in, each on its machine.
+
+    Attributes:
+        nproc: ranks on each machine.
+        min_nodes: machines, at least.
+        max_nodes: machines, at most.
+        max_restarts: how often a failed group is started again.
+    """
+
+    nproc: int
+    min_nodes: int
+    max_nodes: int
+    max_restarts: int
+
+    @property
+    def alone(self) -> bool:
+        """There is only this machine."""
+        return self.max_nodes == 1
+
+    def describe(self) -> str:
+        """In the words of the config."""
+        nodes = self.min_nodes if self.min_nodes == self.max_nodes else f"{self.min_nodes}:{self.max_nodes}"
+        return f"nproc_per_node {self.nproc}, nnodes {nodes}, max_restarts {self.max_restarts}"
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a rank held shortly before its end, when it held most. All sizes in bytes.
 

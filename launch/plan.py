@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpkit import world
-from ddpkit.config import Launch
+from ddpkit.config import Launch, node_range
 from ddpkit.errors import UserError
 from ddpkit.world import World
 
@@ -23,7 +23,7 @@ class Plan:
     Attributes:
         launcher: "inline", "local", "torchrun" or "slurm".
         nproc: ranks on this machine.
-        nnodes: machines.
+        nnodes: machines; with a range of them, the most.
         rdzv_endpoint: where several machines meet.
         start_method: "warm" or "spawn".
         backend: of the process group, as the config has it.
@@ -38,6 +38,7 @@ class Plan:
         command: what was typed, for the record.
         snapshot: whether a Slurm job gets a copy of the code.
         waits: whether the launcher follows a Slurm job to its end.
+        min_nodes: with a range of machines, the fewest.
     """
 
     launcher: str
@@ -57,6 +58,7 @@ class Plan:
     command: tuple[str, ...]
     snapshot: bool = False
     waits: bool = False
+    min_nodes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A tree that `from_json` takes back."""
@@ -75,16 +77,21 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """Ranks on all machines."""
+        """Ranks on all machines; with a range of them, the most."""
         return self.nproc * self.nnodes
+
+    @property
+    def fewest_nodes(self) -> int:
+        """Machines; with a range of them, the fewest."""
+        return self.nnodes if self.min_nodes is None else self.min_nodes
 
     def describe(self) -> str:
         """The plan as YAML-like lines, for ``--dry-run``."""
         what = self.job.target or (str(self.run_dir) if self.run_dir else self.job.kind)
         lines = [
             f"launcher: {self.launcher}",
-            f"ranks: {self.world_size}",
-            *([f"nodes: {self.nnodes}{self._meeting()}"] if self.nnodes > 1 else []),
+            f"ranks: {_from_to(self.nproc * self.fewest_nodes, self.world_size)}",
+            *([f"nodes: {_from_to(self.fewest_nodes, self.nnodes)}{self._meeting()}"] if self.nnodes > 1 else []),
             *([f"start_method: {self.start_method}"] if self.launcher != "torchrun" else []),
             f"max_restarts: {self.max_restarts}",
             f"job: {self.job.kind} {what}",
@@ -94,6 +101,10 @@ class Plan:
 
     def _meeting(self) -> str:
         return "" if self.rdzv_endpoint is None else f", which meet at {self.rdzv_endpoint}"
+
+
+def _from_to(fewest: int, most: int) -> str:
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def make(
@@ -115,11 +126,17 @@ def make(
     env = world.environment()
     slurm: dict[str, Any] = {}
     added: dict[str, str] = {}
+    fewest, most = node_range(launch.nnodes)
+    if fewest != most and launch.launcher != "torchrun":
+        raise UserError(
+            f"launch.nnodes: {launch.nnodes} is a range, and machines can come and go with launch.launcher=torchrun "
+            f"alone; give {launch.launcher} one number"
+        )
     if launch.launcher == "slurm":
         from . import sbatch  # with submitit, for this alone
 
         nproc, slurm = sbatch.parameters(launch)
-        nnodes, has_gpus = launch.nnodes, launch.backend != "gloo"  # what its nodes are like, the job will see
+        nnodes, has_gpus = most, launch.backend != "gloo"  # what its nodes are like, the job will see
     else:
         nproc, nnodes, has_gpus, added = _here(launch, env)
     if global_batch_size is not None and global_batch_size < nproc * nnodes:
@@ -147,6 +164,7 @@ def make(
         command=command,
         snapshot=launch.snapshot,
         waits=waits,
+        min_nodes=fewest if fewest < most else None,
     )
 
 
@@ -186,30 +204,31 @@ def _is_no_device(name: str, count: int) -> bool:
 
 def _nodes(launch: Launch, here: World) -> int:
     """Machines, where that number and the launcher go together."""
+    _, most = node_range(launch.nnodes)
     if launch.launcher == "inline":
         return here.nnodes
-    if launch.launcher == "local" and launch.nnodes > 1:
+    if launch.launcher == "local" and most > 1:
         raise UserError(
             f"launch.nnodes: {launch.nnodes} machines, but the local launcher starts ranks on this one; use "
             "launch.launcher=torchrun on each of them"
         )
-    if launch.nnodes > 1 and launch.rdzv_endpoint is None:
+    if most > 1 and launch.rdzv_endpoint is None:
         raise UserError(
             f"launch.rdzv_endpoint: {launch.nnodes} machines need a place to meet; give HOST:PORT of one of them, the "
             "same on all"
         )
-    if launch.nnodes == 1 and launch.rdzv_endpoint is not None:
+    if most == 1 and launch.rdzv_endpoint is not None:
         raise UserError(
             f"launch.rdzv_endpoint: {launch.rdzv_endpoint} is for launch.launcher=torchrun with launch.nnodes of 2 or "
             "more; leave it out"
         )
     # With several machines, srun may well start one launcher on each.
-    if here.world_size > (1 if launch.nnodes == 1 else here.nnodes):
+    if here.world_size > (1 if most == 1 else here.nnodes):
         raise UserError(
             f"launch.launcher: this process is rank {here.rank} of {here.world_size} already ({here.source}), and each "
             "of them would start ranks of its own; use launch.launcher=inline (--launcher inline) there"
         )
-    return launch.nnodes
+    return most
 
 
 def _ranks(launch: Launch, gpus: int, cores: int, here: World) -> int:

@@ -43,6 +43,7 @@ def run(job: Job, order: RankOrder) -> int:
     world.adopt(order.env)
     be_killed_first()
     _redirect(order, takes_input=order.rank == 0 and job.kind in ("script", "module"))
+    faulthandler.enable(all_threads=False)  # a crash in native code says where it was called from
     sys.path[0:1] = job.search_path
     faulthandler.register(STACK_SIGNAL, file=order.stacks, all_threads=True)
     me = os.getpid()

@@ -26,6 +26,7 @@ from ddpkit import orphans, rendezvous, world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
 from ddpkit.world import World
 
+from .attempts import AttemptFile
 from .causes import ENDED_BY_US, WAITED, explain, order_by_cause, waits
 from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, Memory, RankOrder
 from .lines import Lines
@@ -55,6 +56,7 @@ class Outcome:
         stopped_by: the name of the signal that asked for the end, if one did.
         is_saved: the ranks have agreed on the stop, and saved their state.
         has_lost_node: another node cannot be reached any more.
+        regroups: the ranks start again because nodes have come or gone.
     """
 
     exit_code: int
@@ -63,6 +65,7 @@ class Outcome:
     stopped_by: str | None = None
     is_saved: bool = False
     has_lost_node: bool = False
+    regroups: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,9 @@ class Node:
             seconds they have at most; None if there is no end.
         ends_now: a repeated signal has ended the ranks.
     """
+
+    is_numbered_late = False
+    """The number of an attempt is known only when the launchers of all nodes have met."""
 
     def __init__(self, nproc: int, start_method: str, env: Mapping[str, str], place: Place | None = None) -> None:
         self._nproc = nproc
@@ -205,6 +211,18 @@ class Node:
         self._requests.append(number)
         with contextlib.suppress(BlockingIOError):  # it is full of earlier ones
             os.write(self._wake, b"!")
+
+    def number(self, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]) -> AttemptFile | Outcome:
+        """Number the next attempt.
+
+        Args:
+            take: takes the next free number, given how many ranks there are.
+            follow: joins an attempt that another node's launcher has numbered.
+
+        Returns:
+            The attempt, or how it all ended before there was one.
+        """
+        return take(self._place.world_size)
 
     def run(self, job: Job, restart_count: int, output: Output) -> Outcome:
         """Start the ranks, and return when the last one has ended."""
