@@ -114,6 +114,7 @@ srun --unbuffered --output /s/%A_%a_%t_log.out --kill-on-bad-exit=1 --open-mode=
         (("launch.nproc_without_gpu=5",), {"cpus_per_task": 5}),
         (("launch.slurm.gpus_per_node=3", "launch.backend=gloo", "launch.nproc_per_node=7"), {"cpus_per_task": 7}),
         (("launch.nproc_per_node=2", "launch.slurm.exclusive=true"), {"cpus_per_task": None}),
+        (("launch.nproc_per_node=1", "launch.nnodes='2:2'"), {"nodes": 2}),
         # the warning: a quarter of the limit, between 15 s and 90 s
         (("launch.nproc_per_node=1", "launch.slurm.timeout_min=1"), {"time": 1, "signal_delay_s": 15}),
         (("launch.nproc_per_node=1", "launch.slurm.time=2"), {"time": 2, "signal_delay_s": 30}),
