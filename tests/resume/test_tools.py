@@ -148,8 +148,16 @@ def test_a_run_on_slurm(finished: Path, tmp_path: Path, capsys: pytest.CaptureFi
     run_dir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(last_checkpoint(run_dir))
     path = run_dir / "attempts/attempt-0.json"
-    ended = {"launcher": "slurm", "job": "17", "how": "stopped on request (SIGTERM)", "exit_code": 75}
-    path.write_text(json.dumps(json.loads(path.read_text()) | ended | {"requeued": "preempted"}))
+    path.parent.mkdir(exist_ok=True)  # the run was one of `fit`, without a launcher
+    ended = {
+        "attempt": 0,
+        "ranks": 2,
+        "launcher": "slurm",
+        "job": "17",
+        "how": "stopped on request (SIGTERM)",
+        "exit_code": 75,
+    }
+    path.write_text(json.dumps(ended | {"started": 1.0, "ended": 2.0, "requeued": "preempted"}))
     text = cli(capsys, "status", str(run_dir)).out
     assert "queued again, step 18" in text
     assert "slurm job 17: stopped on request (SIGTERM); queued again (preempted)" in text
