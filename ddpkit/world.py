@@ -6,10 +6,11 @@ Whoever started the ranks (ddpkit, torchrun, srun, mpirun, a person) describes e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,18 @@ def environment() -> dict[str, str]:
 def adopt(variables: Mapping[str, str]) -> None:
     """Make a forked rank's environment what an exec'd one would have been given."""
     os.environ.update(variables)
+
+
+@contextlib.contextmanager
+def adopted(variables: Mapping[str, str]) -> Iterator[None]:
+    """Add variables that are not set yet for as long as the context lasts: for what a library reads on its import."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 _PLACE = re.compile(

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpkit import world
 from ddpkit.errors import UserError
 from ddpkit.orphans import adopt_orphans, on_parents_death
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 _LOOK_AT_PARENT_S = 1.0  # as in `node`
 _LOOK_AT_RANKS_S = 0.5  # the agent's own look; ours is told by the kernel
-_CLOSE_S = 1.0  # for the store to hear of the end
+_CLOSE_S = 4.0  # for other machines to hear of the end, and come to it too
 
 
 def main(control_fd: str, settings: str) -> int:
@@ -45,7 +46,8 @@ def main(control_fd: str, settings: str) -> int:
     for number in STOP_SIGNALS:  # the launcher alone says what a stop means
         signal.signal(number, lambda *_: None)
     on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
-    importlib.import_module("torch.distributed.launcher.api")
+    with world.adopted({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # or the store's end is told at length, on the console
+        importlib.import_module("torch.distributed.launcher.api")
     importlib.import_module(f"{__package__}.meeting")
     on_parents_death(0)
     with tempfile.TemporaryDirectory(prefix="ddpkit-agent-") as scratch:
@@ -185,7 +187,7 @@ class _Agent:
             assert ended is not None  # without WNOHANG it waits
             status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         except ChildProcessError:
-            status = 1  # the agent was faster, by less than its own look takes; it was an end that counts as failure
+            status = -signal.SIGTERM  # the agent was faster: it waits like this for those that it has ended itself
         when = time.monotonic()
         self._tell(ended=place, status=status, when=when, memory=vars(self._memory.last(pid)) if status else None)
 

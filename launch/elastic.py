@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ddpkit.errors import DdpkitError, UserError
+from ddpkit.errors import EXIT_STOPPED, DdpkitError, UserError
 
-from .attempts import AttemptFile
-from .causes import follows
+from .attempts import AttemptFile, report_failure
+from .causes import follows, order_by_cause
 from .job import Failure, Job, Terms
 from .supervise import LaunchFailed, Node, Outcome, Rank
 
+_HEAR_S = 0.6  # for what other launchers have told already
 _SETTLE_S = 3.0  # for what the ranks of other machines have to say of the same failure
 
 
@@ -35,7 +37,7 @@ class _Round:
         attempt: its number, as the launcher that leads says.
         regroups: it ends because machines come or go.
         order: of failures, over all machines, by rank.
-        others: failures of ranks on other machines, by rank.
+        failures: of ranks of all machines, by rank.
     """
 
     first: int | None = None
@@ -43,7 +45,7 @@ class _Round:
     attempt: int | None = None
     regroups: bool = False
     order: dict[int, int] = field(default_factory=dict)
-    others: dict[int, Failure] = field(default_factory=dict)
+    failures: dict[int, Failure] = field(default_factory=dict)
 
 
 class ElasticNode(Node):
@@ -99,9 +101,18 @@ class ElasticNode(Node):
         """Wait for it, or for a stop. Raises what has kept the agent from it."""
         while not (condition() or self._lost or self.ends_now):
             if self._stopped is not None:
-                raise self._stopped
+                raise self._why_stopped(self._stopped)
             self._handle_events(timeout_s=None)
             self.ends_now = self.ends_now or self._requested is not None  # nothing has begun
+
+    def _why_stopped(self, error: DdpkitError) -> DdpkitError:
+        """What has kept the agent from starting ranks here: perhaps those of another machine, which were faster."""
+        unseen = [told.failures.values() for number, told in self._rounds.items() if number > self._current]
+        failures = order_by_cause([failure for those in unseen for failure in those])
+        if not failures:
+            return error
+        first = failures[0]
+        return UserError(first.message) if first.is_users_input else LaunchFailed(report_failure(failures, None))
 
     def _start(self, job: Job, restart_count: int) -> None:
         """Wait until the agent has started the ranks, then give them their orders."""
@@ -134,8 +145,7 @@ class ElasticNode(Node):
         elif "failure" in message:
             failure = Failure.from_json(message["failure"])
             told.order.setdefault(failure.rank, message["order"])  # by now more may be known of it, but no sooner
-            if failure.rank not in [rank.rank for rank in self._ranks]:
-                told.others[failure.rank] = failure
+            told.failures[failure.rank] = failure
 
     # -- failures on several machines ------------------------------------------------------------------------------
 
@@ -144,28 +154,36 @@ class ElasticNode(Node):
             self._send(do="tell", failure=self._failure_of(rank).to_json())
 
     def _some_failed(self) -> bool:
-        return super()._some_failed() or bool(self._rounds[self._current].others)
+        return super()._some_failed() or bool(self._rounds[self._current].failures)
 
     def _failures(self) -> list[Failure]:
-        told = self._rounds[self._current]
         if self._terms.alone:
             return super()._failures()
-        failures = [*super()._failures(), *told.others.values()]
+        told = self._rounds[self._current]
+        failures = told.failures | {failure.rank: failure for failure in super()._failures()}
         # Clocks of several machines have nothing in common; what comes after the last look is late in any case.
-        return [replace(each, when=told.order.get(each.rank, math.inf)) for each in failures]
+        return [replace(each, when=told.order.get(each.rank, math.inf)) for each in failures.values()]
 
     def _outcome(self) -> Outcome:
         told = self._rounds[self._current]
-        if told.regroups and self._requested is None:
-            return replace(super()._outcome(), failures=(), regroups=True)
-        deadline = time.monotonic() + _SETTLE_S
-        while not (self._terms.alone or self._is_settled() or self._lost or self.ends_now):
+        wait_s = 0.0 if self._terms.alone else _HEAR_S if told.regroups else _SETTLE_S
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and not (self._is_settled() or self._lost or self.ends_now):
             self._handle_events(timeout_s=0.2)
-            if time.monotonic() > deadline:
-                break
-        return super()._outcome()
+        outcome = super()._outcome()
+        # The agent restarts ranks also where those of another machine have failed, which is another thing.
+        if told.regroups and self._requested is None and all(map(_was_ended, outcome.failures)):
+            return replace(outcome, exit_code=EXIT_STOPPED, failures=(), is_saved=False, regroups=True)
+        return outcome
 
     def _is_settled(self) -> bool:
         """Whether all is known that can be: each failure's place among those of others, and which one is the cause."""
         failures = self._failures()
+        if self._rounds[self._current].regroups and all(map(_was_ended, failures)):
+            return False  # perhaps because of a failure that has not been told of yet
         return all(each.when < math.inf for each in failures) and not (failures and all(map(follows, failures)))
+
+
+def _was_ended(failure: Failure) -> bool:
+    """Whether a rank has ended because the agent wanted it to, or because of others."""
+    return follows(failure) or failure.exit_code == -signal.SIGTERM

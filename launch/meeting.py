@@ -6,9 +6,11 @@ attempt's number; every agent publishes its ranks' failures, numbered by the sto
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -57,7 +59,7 @@ class Meeting(DynamicRendezvousHandler):
             UserError: the terms differ.
         """
         if self._round is not None:
-            self._round.over.set()
+            self._round.leave()
         info = super().next_rendezvous()
         self.rounds += 1
         self._round = _Round(info, self.terms, partial(self.tell, round=self.rounds))
@@ -79,18 +81,29 @@ class Meeting(DynamicRendezvousHandler):
     def publish_attempt(self, number: int) -> None:
         """Tell the other launchers the number of this attempt."""
         if self._round is not None:
-            self._round.store.set("attempt", str(number))
+            with contextlib.suppress(RuntimeError):  # the store is gone; what comes of that, the ranks will say
+                self._round.store.set("attempt", str(number))
 
     def publish_failure(self, failure: dict[str, Any]) -> None:
         """Tell all launchers, this one too, of a rank's failure."""
         if (there := self._round) is not None and there.nodes > 1:
-            there.store.set(f"failure/{there.store.add('failures', 1)}", json.dumps(failure))
+            with contextlib.suppress(RuntimeError):  # as above
+                there.store.set(f"failure/{there.store.add('failures', 1)}", json.dumps(failure))
 
     def close_for_all(self, timeout_s: float) -> None:
-        """Let the agents of other machines know that this group does not start again."""
-        thread = threading.Thread(target=self.shutdown, daemon=True)  # the store may be out of reach
+        """Let the agents of other machines know that this group does not start again, and wait for them.
+
+        One of the agents serves the store. What the others have not heard when it leaves, they never will.
+        """
+        thread = threading.Thread(target=self._end, args=(timeout_s,), daemon=True)  # it may be out of reach
         thread.start()
         thread.join(timeout_s)
+
+    def _end(self, timeout_s: float) -> None:
+        with contextlib.suppress(Exception):  # torch's own errors, of many kinds: it is the end in any case
+            self.shutdown()
+            if self._round is not None and self._round.nodes > 1:
+                self._round.part(timeout_s)
 
 
 class _Round:
@@ -135,10 +148,25 @@ class _Round:
     def all_regroup(self) -> bool:
         """Say that this round is to end for the next one; True once all agents have said so."""
         if not self._regroups:
-            self._regroups = True
             self._tell(regroups=True)
-            return self.store.add("regroups", 1) >= self.nodes
-        return self.store.add("regroups", 0) >= self.nodes
+        return self._count_regrouping() >= self.nodes
+
+    def leave(self) -> None:
+        """Stop listening, on the way to the next round."""
+        self.over.set()
+        self._count_regrouping()
+
+    def _count_regrouping(self) -> int:
+        mine, self._regroups = not self._regroups, True
+        return self.store.add("regroups", int(mine))
+
+    def part(self, timeout_s: float) -> None:
+        """Wait until the launchers of all machines have come to the end, too."""
+        deadline = time.monotonic() + timeout_s
+        count = self.store.add("parted", 1)
+        while count < self.nodes and time.monotonic() < deadline:
+            time.sleep(_LISTEN_EVERY_S)
+            count = self.store.add("parted", 0)
 
 
 def open_meeting(terms: Terms, endpoint: str | None, tell: Callable[..., None]) -> Meeting:
