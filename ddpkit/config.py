@@ -33,6 +33,13 @@ def _usable_path(path: str) -> str:
     return path
 
 
+def _is_range(text: str) -> str:
+    fewest, colon, most = text.partition(":")
+    if not (colon and fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most) < 2**31):
+        raise ValueError(f"expected an integer of at least 1 or a range such as '2:4', got {shown(text)}")
+    return text
+
+
 def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
     problems = [problem for name, value in args.items() for problem in _arg_problems(value, (name,))]
     if problems:
@@ -81,6 +88,11 @@ Args: TypeAlias = Annotated[dict[str, JsonValue], AfterValidator(_buildable)]
 """Keyword arguments. A value ``{factory: ..., args: ...}`` is built, ``{ref: ...}`` is the object itself."""
 
 Count: TypeAlias = Annotated[int, Field(ge=1, lt=2**63)]
+NodeRange: TypeAlias = Annotated[
+    str, AfterValidator(_is_range), WithJsonSchema({"type": "string", "format": "range of numbers"})
+]
+"""``"2:4"``: from 2 to 4 machines."""
+
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10_000_000, allow_inf_nan=False)]
 Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -117,14 +129,15 @@ class Launch(Section):
     launcher: Literal["inline", "local", "torchrun", "slurm"] = "local"
     """inline: this process, alone or as the rank that somebody else (torchrun, srun, mpirun) has made it. local:
     processes on this machine. torchrun, slurm: through them."""
-    nnodes: Count = 1
-    """Number of machines."""
+    nnodes: Count | NodeRange = 1
+    """Number of machines; torchrun also takes a range such as "2:4" (a string in YAML): they may come and go."""
     nproc_per_node: Count | Literal["auto"] = "auto"
     """Ranks on each machine; auto: one per GPU, and where there is none, as `nproc_without_gpu` says."""
     nproc_without_gpu: Count | None = None
     """What auto means on a machine without a GPU; null: one rank per two cores."""
     start_method: Literal["warm", "spawn"] = "warm"
-    """local: warm: one process imports torch and forks the ranks. spawn: each rank is a new interpreter."""
+    """local, slurm: warm: one process a node imports torch and forks the ranks. spawn: each rank is a new
+    interpreter; under slurm a task of its own."""
     max_restarts: int = Field(default=0, ge=0, lt=2**31)
     """How often the launcher itself starts a failed group of ranks again."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -136,7 +149,7 @@ class Launch(Section):
     rdzv_endpoint: str | None = None
     """host:port at which several machines meet (torchrun)."""
     cpus_per_rank: Count | None = None
-    """Cores for each rank; null: the machine's, shared out evenly."""
+    """Cores for each rank; null: the machine's, shared out evenly (slurm: one, unless the job has whole nodes)."""
     warning_signal: Literal["USR1", "USR2", "HUP"] = "USR2"
     """slurm: the signal that comes before the time limit, and asks all ranks to stop and save."""
     max_idle_requeues: int = Field(default=3, ge=0, lt=2**31)
@@ -145,6 +158,14 @@ class Launch(Section):
     """slurm: whether the job runs a copy of the code, taken when it is submitted, instead of what is there by then."""
     slurm: dict[str, JsonValue] = {}
     """Options of the Slurm submission by submitit's names; the prefix `slurm_` may be left out."""
+
+
+def node_range(nnodes: int | str) -> tuple[int, int]:
+    """The fewest and the most machines that ``launch.nnodes`` asks for."""
+    if isinstance(nnodes, int):
+        return nnodes, nnodes
+    fewest, _, most = nnodes.partition(":")
+    return int(fewest), int(most)
 
 
 class InitFrom(Section):
@@ -367,6 +388,14 @@ def load_launch(overrides: Sequence[str]) -> Launch:
     return alone.launch
 
 
+def launch_section(tree: JsonValue) -> Launch:
+    """Check a ``launch`` section of plain values.
+
+    Raises ``ConfigError`` with all problems, one a line.
+    """
+    return _checked({"launch": tree}, None, _LaunchAlone).launch
+
+
 def from_tree(tree: JsonValue) -> Config:
     """Check a tree of plain values, as ``to_tree`` gives it.
 
@@ -428,7 +457,6 @@ class _NotBuilt:
 
 
 _NOT_BUILT = (
-    _NotBuilt("launch.launcher", ("inline", "local", "torchrun"), "choose inline, local or torchrun"),
     _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
     _NotBuilt("model.ema_decay", (None,), "leave it out"),

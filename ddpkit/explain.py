@@ -129,6 +129,8 @@ def _described(node: Schema) -> str:
         return f"a mapping with the keys {', '.join(node['properties'])}"
     if node.get("format") == "reference":
         return "a reference such as 'package.module:name'"
+    if node.get("format") == "range of numbers":
+        return "a range such as '2:4'"
     return _WORDS.get(node.get("type", ""), "a value") + _bounds(node)
 
 

@@ -63,8 +63,17 @@ class SeededDataset(Dataset[Any]):
             samples = []
             for position, item in enumerate(fetch.items, first):
                 seed_host_generators(sample_key(fetch.key, position))
-                samples.append(self._dataset[item])
+                try:
+                    samples.append(self._dataset[item])
+                except Exception as error:
+                    _note(error, f"at sample {item}, position {position} of the epoch")
+                    raise
             return part, _collated(self._collate, samples, fetch.key, first, empty=not part.size)
+
+
+def _note(error: Exception, text: str) -> None:
+    if hasattr(error, "add_note"):  # from Python 3.11 on; its traceback then ends with the text
+        error.add_note(text)
 
 
 class SeededStream(IterableDataset[Any]):

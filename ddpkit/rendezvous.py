@@ -82,12 +82,22 @@ def hosting(world: World) -> Iterator[None]:
             kept = serve(_listen_as_master(world.master_addr, world.master_port))
         else:
             assert world.job is not None  # as above
-            ports = candidates(world.job)
-            post = _listen_on_any(world.master_addr, ports)
-            kept = serve(_listen_on_any(world.master_addr, ports))
-            stack.enter_context(_Signpost(post, world.job, kept.port))  # taken down before the store
+            kept = serve(stack.enter_context(meeting_point(world.master_addr, world.job)))
         stack.enter_context(_at_orderly_end(partial(_await_others, world, kept)))
         yield
+
+
+@contextlib.contextmanager
+def meeting_point(address: str, job: str) -> Iterator[socket.socket]:
+    """Listen at ``address``, on a port to which `find` leads those who know ``job``, and nobody else.
+
+    Raises:
+        UserError: this machine does not have that address, or has no port left for it.
+    """
+    ports = candidates(job)
+    post = listen_on_any(address, ports)
+    with listen_on_any(address, ports) as listener, _Signpost(post, job, listener.getsockname()[1]):
+        yield listener
 
 
 @contextlib.contextmanager
@@ -146,7 +156,7 @@ def _port(world: World, timeout_s: float) -> int:
     if world.master_port is not None:
         return world.master_port
     assert world.master_addr is not None and world.job is not None  # World checks it
-    return _find(world.master_addr, world.job, timeout_s)
+    return find(world.master_addr, world.job, timeout_s)
 
 
 def candidates(job: str) -> list[int]:
@@ -187,8 +197,12 @@ class _Signpost:
                 asking.sendall(self._text)
 
 
-def _find(address: str, job: str, timeout_s: float) -> int:
-    """The port of the store of ``job``."""
+def find(address: str, job: str, timeout_s: float) -> int:
+    """The port of the `meeting_point` of ``job``, once that is there.
+
+    Raises:
+        NoMeeting: it was not there in time.
+    """
     ports = candidates(job)
     deadline = time.monotonic() + timeout_s
     while True:
@@ -217,7 +231,12 @@ def _ask(address: str, port: int, job: str) -> int | None:
         return None
 
 
-def _listen_on_any(address: str, ports: list[int]) -> socket.socket:
+def listen_on_any(address: str, ports: list[int]) -> socket.socket:
+    """Listen on the first of ``ports`` that is free.
+
+    Raises:
+        UserError: none is, or this machine does not have that address.
+    """
     for port in ports:
         try:
             return _bind(address, port)

@@ -25,11 +25,16 @@ from ddpkit.world import Allocation
 log = logging.getLogger("ddpkit")
 
 EVENT = "requeued"
-Why = Literal["preempted", "time limit", "already", "cancelled", "asked"]
+LOST_NODE = "a lost node"
+"""Stands for the signal where there was none: the launcher has found that one of its nodes is gone."""
+Why = Literal["preempted", "time limit", "node lost", "already", "cancelled", "asked"]
+OURS: frozenset[Why] = frozenset({"preempted", "time limit", "node lost"})
+"""What is for us to requeue."""
+COMES_BACK: frozenset[Why] = OURS | {"already"}
 
 
 def why(state: JobState, allocation: Allocation, signal_name: str | None, warning_signal: str) -> Why:
-    """Say why a job was told to stop. Only "preempted" and "time limit" are for us to requeue.
+    """Say why a job was told to stop. Only `OURS` are for us to requeue.
 
     Args:
         state: of the job, asked for after the stop was.
@@ -39,8 +44,8 @@ def why(state: JobState, allocation: Allocation, signal_name: str | None, warnin
         warning_signal: the one that comes before the time limit, without SIG ("USR2").
 
     Returns:
-        "preempted", "time limit"; "already" if Slurm starts the job again by itself; "cancelled" if somebody has
-        ended it for good; "asked" if somebody has only signalled it, and the allocation goes on.
+        "preempted", "time limit", "node lost"; "already" if Slurm starts the job again by itself; "cancelled" if
+        somebody has ended it for good; "asked" if somebody has only signalled it, and the allocation goes on.
     """
     if state.restarts > allocation.restart_count:
         return "already"
@@ -50,6 +55,8 @@ def why(state: JobState, allocation: Allocation, signal_name: str | None, warnin
         return "time limit"
     if state.state not in ("RUNNING", "SUSPENDED", "STOPPED"):
         return "cancelled"
+    if signal_name == LOST_NODE:
+        return "node lost"
     return "time limit" if signal_name in (None, f"SIG{warning_signal}") else "asked"
 
 
@@ -84,7 +91,7 @@ def ask(
     try:
         state = slurm.job_state(allocation.job_id)
         reason = why(state, allocation, signal_name, warning_signal)
-        if reason in ("preempted", "time limit") and state.is_requeueable:
+        if reason in OURS and state.is_requeueable:
             idle = idle_requeues(run_dir, step) if run_dir is not None else 0
             # Before there is a run directory, nothing but the number of restarts could ever end this.
             if idle >= max_idle or (
@@ -98,7 +105,7 @@ def ask(
             note(step, reason)
             slurm.requeue(allocation.job_id)
             log.info("job %s comes back (%s): it goes on at step %d", allocation.job_id, reason, step)
-        elif reason in ("preempted", "time limit"):
+        elif reason in OURS:
             log.warning(
                 "job %s was stopped (%s) and does not come back: Slurm may not start it again (sbatch --requeue)",
                 allocation.job_id,

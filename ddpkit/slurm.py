@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -10,10 +11,17 @@ from dataclasses import dataclass
 from ddpkit.errors import DdpkitError, UserError
 
 _COMMAND_S = 60.0  # a busy controller lets its clients wait
+_ENDED = frozenset(
+    ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+)
 
 
 class SlurmFailed(DdpkitError):
     """One of Slurm's commands failed; the message has its words."""
+
+
+class JobForgotten(SlurmFailed):
+    """Slurm does not know the job, or not any more: it keeps those that have ended for MinJobAge, minutes."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,8 @@ class JobState:
         is_preempted: it has been told to make room, and has the partition's grace time for that.
         ends_at: when Slurm will end it, in seconds since the epoch; None if it has no limit. In a preemption the end of
             the grace time.
+        nodes: where it runs, as Slurm writes a list of them; empty before it has started.
+        exit_code: of the batch script.
     """
 
     state: str
@@ -36,16 +46,50 @@ class JobState:
     is_requeueable: bool
     is_preempted: bool
     ends_at: float | None
+    nodes: str = ""
+    exit_code: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is over, unless it is requeued after all."""
+        return self.state in _ENDED
 
 
 def job_state(job_id: str) -> JobState:
     """Ask the controller. Takes milliseconds, but a busy one may let us wait: not for a signal handler, or the loop.
 
     Raises:
-        SlurmFailed: it does not answer, or no longer knows the job.
+        JobForgotten: it does not know the job any more.
+        SlurmFailed: it does not answer.
     """
-    said = _run("scontrol", "show", "job", "--oneliner", job_id)
-    return read_job_state(said)
+    return read_job_state(_said_of(job_id))
+
+
+def job_states(job_id: str) -> dict[int | None, JobState]:
+    """Ask the controller about each job of an array, by its index; a job that is in none has None.
+
+    Jobs of an array that it has forgotten are not there.
+
+    Raises:
+        JobForgotten: it knows none of them any more.
+        SlurmFailed: it does not answer.
+    """
+    found: dict[int | None, JobState] = {}
+    for line in _said_of(job_id).splitlines():
+        # Those that wait are one line: "ArrayTaskId=3-5,8%2", the last number being how many may run at once.
+        if (indices := re.search(r"\bArrayTaskId=([\d,-]+)", line)) is None:
+            return {None: read_job_state(line)}
+        for part in indices[1].split(","):
+            first, _, last = part.partition("-")
+            found |= dict.fromkeys(range(int(first), int(last or first) + 1), read_job_state(line))
+    return found
+
+
+def _said_of(job_id: str) -> str:
+    try:
+        return _run("scontrol", "show", "job", "--oneliner", job_id)
+    except SlurmFailed as error:
+        raise (JobForgotten(str(error)) if "Invalid job id" in str(error) else error) from error
 
 
 def read_job_state(said: str) -> JobState:
@@ -60,6 +104,8 @@ def read_job_state(said: str) -> JobState:
         is_preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown"),
         # Local time, as this machine's Slurm commands print it; there is no zone in it.
         ends_at=None if ends in ("Unknown", "None") else time.mktime(time.strptime(ends, "%Y-%m-%dT%H:%M:%S")),
+        nodes=fields.get("NodeList", "(null)").replace("(null)", ""),
+        exit_code=int(fields.get("ExitCode", "0:0").partition(":")[0]),
     )
 
 
@@ -70,6 +116,15 @@ def requeue(job_id: str) -> None:
         SlurmFailed: it would not.
     """
     _run("scontrol", "requeue", job_id, may_be_silent=True)
+
+
+def cancel(job_id: str) -> None:
+    """Have Slurm end a job, or an array of jobs; one that has ended already stays as it is.
+
+    Raises:
+        SlurmFailed: it would not.
+    """
+    _run("scancel", job_id, may_be_silent=True)
 
 
 def first_address(nodes: str) -> str:
@@ -93,11 +148,29 @@ def first_address(nodes: str) -> str:
     return found[1]
 
 
+_BROADCAST = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 def _run(*command: str, may_be_silent: bool = False) -> str:
+    # What is read here must be whole, and as it is without a user's taste in times.
+    plain = ("env", "SLURM_BITSTR_LEN=0", "SLURM_TIME_FORMAT=standard", *command)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, stdin=subprocess.DEVNULL)
+        # Slurm signals every process of a step, one after the other: the command that asks why would get it as well.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _BROADCAST)
+        try:
+            asked = subprocess.Popen(
+                plain, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with asked:
+            try:
+                said, complaint = asked.communicate(timeout=_COMMAND_S)
+            except BaseException:
+                asked.kill()
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise SlurmFailed(f"`{' '.join(command)}`: {error}") from error
-    if done.returncode or not (done.stdout.strip() or may_be_silent):
-        raise SlurmFailed(f"`{' '.join(command)}`: {done.stderr.strip() or 'no answer'}")
-    return done.stdout
+    if asked.returncode or not (said.strip() or may_be_silent):
+        raise SlurmFailed(f"`{' '.join(command)}`: {complaint.strip() or f'exit status {asked.returncode}'}")
+    return said

@@ -37,7 +37,8 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
     Args:
         kind: which of the two.
         tree: the resolved config.
-        options: "attempt" and "launcher_pid"; for an evaluation the "step", or None for the newest.
+        options: "attempt" and "launcher_pid"; "config", as it was given, where the tree names files of a snapshot
+            instead; for an evaluation the "step", or None for the newest.
 
     Raises:
         UserError: something in the config cannot work; found before the group forms wherever it can be.
@@ -58,7 +59,8 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
         run_dir=Path(config.run_dir) if kind == "run" else None,
     ) as rt:
         if kind == "run":
-            train(rt, config, Attempt(options["attempt"], options.get("launcher_pid"), dump(config)))
+            record = options.get("config") or dump(config)
+            train(rt, config, Attempt(options["attempt"], options.get("launcher_pid"), record))
         else:
             evaluate_checkpoint(rt, config, options.get("step"))
 

@@ -130,6 +130,34 @@ def adopt(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
+_PLACE = re.compile(
+    r"SLURM_|SLURMD_|SRUN_|RANK$|WORLD_SIZE$|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|OMPI_|PMI\d?_|PMIX_|SUBMITIT_"
+    r"|MPI_LOCAL"
+)
+_SLURM_ITSELF = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
+_SBATCH_DEFAULTS = {  # where the variable is not called as the option is
+    "time": ("SBATCH_TIMELIMIT",),
+    "mem": ("SBATCH_MEM_PER_NODE",),
+    "array": ("SBATCH_ARRAY_INX",),
+    "requeue": ("SBATCH_REQUEUE", "SBATCH_NO_REQUEUE"),
+}
+
+
+def not_for_a_job(env: Mapping[str, str], stated: Sequence[str]) -> list[str]:
+    """Names of variables that a job submitted from here must not inherit.
+
+    Those of a place that is not the job's: an allocation, or a rank, in which its submission was typed. The user's own
+    defaults for sbatch stay (``SBATCH_ACCOUNT``), but for the options that a script has ``stated``: sbatch would take
+    the variable's word over the script's.
+    """
+    overruled = {
+        name
+        for option in stated
+        for name in _SBATCH_DEFAULTS.get(option, (f"SBATCH_{option.upper().replace('-', '_')}",))
+    }
+    return sorted(name for name in env if name in overruled or (_PLACE.match(name) and name not in _SLURM_ITSELF))
+
+
 def thread_and_network_defaults(
     env: Mapping[str, str], local_world_size: int, cores: int, nnodes: int = 1
 ) -> dict[str, str]:

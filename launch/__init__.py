@@ -1,4 +1,5 @@
-"""Start ranks from Python: ``launch.local(fn, *args, nproc_per_node=2)``, or ``launch.torchrun``.
+"""Start ranks from Python: ``launch.local(fn, *args, nproc_per_node=2)``, ``launch.torchrun`` or
+``launch.slurm``.
 
 The command line is `launch.cli`.
 """
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calls import local as local
+    from .calls import slurm as slurm
     from .calls import torchrun as torchrun
 
-__all__ = ["local", "torchrun"]
+__all__ = ["local", "slurm", "torchrun"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,20 +19,23 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ddpkit.errors import UserError
 from ddpkit.orphans import adopt_orphans, on_parents_death
 
-from .job import STOP_SIGNALS
+from .job import STOP_SIGNALS, Terms
 from .lines import Lines
+from .memory import Watch
 from .node import end_descendants
+
+if TYPE_CHECKING:
+    from .meeting import Meeting
 
 _LOOK_AT_PARENT_S = 1.0  # as in `node`
 _LOOK_AT_RANKS_S = 0.5  # the agent's own look; ours is told by the kernel
-_JOIN_S = 900  # for the agents of all machines to come, as torchrun waits
-_RUN_ID = "ddpkit"  # the same on all machines
+_CLOSE_S = 1.0  # for the store to hear of the end
 
 
 def main(control_fd: str, settings: str) -> int:
@@ -43,6 +46,7 @@ def main(control_fd: str, settings: str) -> int:
         signal.signal(number, lambda *_: None)
     on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
     importlib.import_module("torch.distributed.launcher.api")
+    importlib.import_module(f"{__package__}.meeting")
     on_parents_death(0)
     with tempfile.TemporaryDirectory(prefix="ddpkit-agent-") as scratch:
         agent = _Agent(control, json.loads(settings), scratch)
@@ -56,17 +60,20 @@ def main(control_fd: str, settings: str) -> int:
 class _Agent:
     def __init__(self, control: socket.socket, settings: dict[str, Any], scratch: str) -> None:
         self._control = control
-        self._settings = settings
+        self._terms = Terms(**settings["terms"])
+        self._endpoint: str | None = settings["endpoint"]
+        self._meeting: Meeting | None = None
         self._scratch = scratch
         self._lines = Lines()
         self._sending = threading.Lock()
         self._parent = os.getppid()
         self._born, self._births = os.pipe()  # ranks say their names here
         self._birth_lines = Lines()
-        self._orders = [os.pipe() for _ in range(settings["nproc"])]
+        self._orders = [os.pipe() for _ in range(self._terms.nproc)]
         self._waiting: dict[int, dict[str, int]] = {}
         self._ranks: dict[int, int] = {}  # local rank -> pid, of those that have their orders
         self._job: int | None = None
+        self._memory = Watch()
 
     def serve(self) -> None:
         """Handle orders, and what ranks and the agent say, until the launcher wants no more."""
@@ -75,6 +82,7 @@ class _Agent:
             ready, _, _ = select.select([self._control.fileno(), self._born], [], [], _LOOK_AT_PARENT_S)
             if os.getppid() != self._parent:
                 return
+            self._memory.look(list(self._ranks.values()))
             if self._born in ready:
                 self._take_births()
             if self._control.fileno() in ready and not self._take_orders():
@@ -83,47 +91,59 @@ class _Agent:
     def _elastic(self) -> None:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        from . import meeting
 
         # Its warnings and errors repeat what our own report says, without the cause.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         # Ranks inherit this: a stop that comes early waits until they can stop in order.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        alone = self._settings["nnodes"] == 1
+        terms = self._terms
+        rendezvous_handler_registry.register(meeting.NAME, self._open_meeting)
         config = LaunchConfig(
-            min_nodes=self._settings["nnodes"],
-            max_nodes=self._settings["nnodes"],
-            nproc_per_node=self._settings["nproc"],
-            run_id=uuid.uuid4().hex if alone else _RUN_ID,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0" if alone else self._settings["endpoint"],
-            rdzv_configs={"timeout": _JOIN_S},
-            local_addr="127.0.0.1" if alone else None,
-            max_restarts=self._settings["max_restarts"],
+            min_nodes=terms.min_nodes,
+            max_nodes=terms.max_nodes,
+            nproc_per_node=terms.nproc,
+            run_id=meeting.NAME,
+            rdzv_backend=meeting.NAME,
+            rdzv_endpoint="",
+            local_addr="127.0.0.1" if terms.alone else None,
+            max_restarts=terms.max_restarts,
             monitor_interval=_LOOK_AT_RANKS_S,
             logs_specs=DefaultLogsSpecs(log_dir=self._scratch),
         )
-        asked = self._settings["nnodes"] * self._settings["nproc"]
-        places = {"births": self._births, "orders": [reader for reader, _ in self._orders], "world_size": asked}
+        worlds = [nodes * terms.nproc for nodes in range(terms.min_nodes, terms.max_nodes + 1)]
+        places = {"births": self._births, "orders": [reader for reader, _ in self._orders], "worlds": worlds}
         child = str(Path(__file__).with_name("child.py"))
         try:
             elastic_launch(config, sys.executable)(child, "agent_rank", json.dumps(places))
         except ChildFailedError:
-            self._tell_problem("the ranks ended before they had begun")
+            self._tell(gave_up="the ranks ended before they had begun")
+        except UserError as error:
+            self._tell(refused=str(error))
         except Exception as error:  # noqa: BLE001 - whatever keeps the agents from meeting goes to the user
-            self._tell_problem(f"torch's elastic agent gave up: {type(error).__name__}: {error}")
+            self._tell(gave_up=f"torch's elastic agent gave up: {type(error).__name__}: {error}")
 
-    def _tell_problem(self, text: str) -> None:
-        # Ranks that have had their orders have reports of their own, and the launcher has been told of their ends.
-        if not self._ranks:
-            self._tell(problem=text)
+    def _open_meeting(self, _: object) -> Meeting:
+        from .meeting import open_meeting  # with torch, which is there by now
+
+        self._meeting = open_meeting(self._terms, self._endpoint, self._tell)
+        return self._meeting
 
     def _take_births(self) -> None:
         for birth in map(json.loads, self._birth_lines.feed(os.read(self._born, 1 << 16))):
             self._waiting[birth["local_rank"]] = birth
-        if len(self._waiting) == self._settings["nproc"]:
-            first = self._waiting[0]["rank"]
-            self._tell(first=first, started={str(first + place): each["pid"] for place, each in self._waiting.items()})
+        if len(self._waiting) == self._terms.nproc:
+            assert self._meeting is not None  # it made them
+            first = self._waiting[0]
+            self._tell(
+                round=self._meeting.rounds,
+                first=first["rank"],
+                world_size=first["world_size"],
+                started={str(birth["rank"]): birth["pid"] for birth in self._waiting.values()},
+            )
 
     def _take_orders(self) -> bool:
         try:
@@ -135,7 +155,13 @@ class _Agent:
                 self._start(order["job"], order["ranks"])
             elif order["do"] == "signal":
                 self._signal(order["number"], order["ranks"])
+            elif order["do"] == "attempt" and self._meeting is not None:
+                self._meeting.publish_attempt(order["number"])
+            elif order["do"] == "tell" and self._meeting is not None:
+                self._meeting.publish_failure(order["failure"])
             elif order["do"] == "end":
+                if self._meeting is not None:
+                    self._meeting.close_for_all(_CLOSE_S)
                 return False
         return bool(data)
 
@@ -145,6 +171,7 @@ class _Agent:
         self._job = os.memfd_create("ddpkit-job")  # as large as what a call is given
         with os.fdopen(os.dup(self._job), "w") as file:
             json.dump(job, file)
+        self._memory = Watch()
         self._ranks = {place: birth["pid"] for place, birth in self._waiting.items()}
         self._waiting = {}
         for place, pid in self._ranks.items():
@@ -159,7 +186,8 @@ class _Agent:
             status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
         except ChildProcessError:
             status = 1  # the agent was faster, by less than its own look takes; it was an end that counts as failure
-        self._tell(ended=place, status=status, when=time.monotonic())
+        when = time.monotonic()
+        self._tell(ended=place, status=status, when=when, memory=vars(self._memory.last(pid)) if status else None)
 
     def _signal(self, number: int, places: list[int]) -> None:
         for place in places:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from typing import Any
 
-from ddpkit.errors import EXIT_USER, UserError
+from ddpkit.errors import EXIT_STOPPED, EXIT_USER, UserError
 from ddpkit.orphans import die_with_parent
 from ddpkit.world import World
 
 from . import rank
-from .job import Job, RankOrder
+from .job import STOP_SIGNALS, Job, RankOrder
 
 _LONGEST_LINE = 1 << 16
+_UNTIL_ASKED_S = 2.0  # some looks of the agent
 
 
 def main(places: str) -> int:
@@ -25,7 +27,7 @@ def main(places: str) -> int:
     die_with_parent(agent)
     settings = json.loads(places)
     world = World.from_env()
-    birth = {"local_rank": world.local_rank, "rank": world.rank, "pid": os.getpid()}
+    birth = {"local_rank": world.local_rank, "rank": world.rank, "world_size": world.world_size, "pid": os.getpid()}
     descriptor = _open(agent, settings["births"], os.O_WRONLY)
     os.write(descriptor, json.dumps(birth).encode() + b"\n")
     os.close(descriptor)
@@ -33,21 +35,28 @@ def main(places: str) -> int:
     with os.fdopen(_open(agent, told["job"], os.O_RDONLY)) as file:
         job = Job.from_json(json.load(file))
     given = told["order"]
-    writers = {name: _open(agent, given[name], os.O_WRONLY) for name in ("stdout", "stderr", "report")}
+    writers = {name: _open(agent, given[name], os.O_WRONLY) for name in RankOrder.PIPES}
     order = RankOrder(world.rank, {}, **writers)
-    if world.world_size != settings["world_size"]:
+    if world.world_size not in (worlds := settings["worlds"]):
         # Seen with one machine's clock behind: an agent that trained as the only one, and said that all was well.
         rank.report_failure(
             order,
             UserError(
-                f"{settings['world_size']} ranks were asked for, and a world of {world.world_size} has formed: does "
-                "each machine's launcher have the same nnodes, nproc_per_node and rdzv_endpoint, and the right time?"
+                f"{' or '.join(map(str, worlds))} ranks were asked for, and a world of {world.world_size} has formed: "
+                "does each machine's launcher have the same nnodes, nproc_per_node and rdzv_endpoint, and the right "
+                "time?"
             ),
             EXIT_USER,
             with_traceback=False,
         )
         return EXIT_USER
-    return rank.run(job, order)
+    code = rank.run(job, order)
+    if code == EXIT_STOPPED and len(worlds) > 1:
+        # Where machines come and go, the agents ask for this stop, each a moment after the other. To the one that has
+        # not asked yet, a rank that leaves would be one that has failed.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        signal.sigtimedwait(STOP_SIGNALS, _UNTIL_ASKED_S)
+    return code
 
 
 def _open(agent: int, descriptor: int, flags: int) -> int:

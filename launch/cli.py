@@ -53,11 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY",
         help="let this key differ from the run's config",
     )
+    run.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=[V,W]",
+        help="slurm: a run for each of these values, as one array of jobs; several give all combinations",
+    )
     run.set_defaults(command=commands.run)
 
     launch = verbs.add_parser("launch", help="run a script of your own on several ranks")
     launch.add_argument("--nproc-per-node", metavar="N", help="ranks on this machine, or auto")
-    launch.add_argument("--nnodes", metavar="N", help="machines")
+    launch.add_argument("--nnodes", metavar="N", help="machines, or with torchrun a range of them: 2:4")
     launch.add_argument("--run-dir", type=Path, metavar="DIR", help="where attempts, logs and failure reports go")
     _add_overrides(launch)
     _add_launching(launch)

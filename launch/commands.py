@@ -7,6 +7,7 @@ import os
 import sys
 import zipfile
 from argparse import Namespace
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -17,36 +18,50 @@ from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
 
 from . import plan as plans
+from . import sweep
 from .job import Job
-from .launchers import inline, local, torchrun
+from .launchers import inline, local, slurm, torchrun
 from .plan import Plan
 from .status import describe, is_finished, read_status, to_json
 
-_LAUNCHERS = {"inline": inline.run, "local": local.run, "torchrun": torchrun.run}
+_LAUNCHERS = {"inline": inline.run, "local": local.run, "slurm": slurm.run, "torchrun": torchrun.run}
 
 
 def run(arguments: Namespace) -> int:
     """`ddpkit run`: idempotent; starts, continues, or says that the run is finished."""
+    if arguments.sweep:
+        return _run_sweep(arguments)
     config = configs.load(arguments.config, _overrides(arguments))
     run_dir = Path(config.run_dir)
-    _check_references(config)
-    options = {"launcher_pid": os.getpid()}
-    job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
-    plan = _plan(config, job, run_dir, arguments)
+    plan = _run_plan(config, arguments)
     if arguments.dry_run:
-        print(f"{configs.dump(config)}---\n{plan.describe()}")
+        print(f"{configs.dump(config)}---\n{_describe(plan)}")
         return EXIT_DONE
-    _check_same_run(config, run_dir, arguments.accept_change)
-    if (holder := claim.holder(run_dir, claim.Claimant.here())) is not None:
-        raise UserError(
-            f"run_dir: {run_dir} is in use by pid {holder.claimant.process.pid} on {holder.claimant.place.host} since "
-            f"{holder.started_at}; wait for it, stop it, or choose another run_dir"
-        )
-    newest = listing.intact_newest(run_dir)
-    if newest is not None and is_finished(config, newest):
-        print(f"ddpkit: {run_dir} is finished: step {newest.step}", file=sys.stderr)
+    is_submitted = plan.launcher == "slurm" and slurm.is_submitted(run_dir)
+    if not _has_work(config, run_dir, arguments.accept_change, is_submitted):
         return EXIT_DONE
     return _LAUNCHERS[plan.launcher](plan)
+
+
+def _run_sweep(arguments: Namespace) -> int:
+    """One array of jobs, a job for each run that is not finished; all are checked before any is submitted."""
+    overrides = _overrides(arguments)
+    runs = sweep.runs(arguments.sweep, lambda chosen: configs.load(arguments.config, [*overrides, *chosen]))
+    home = Path(runs[0].run_dir).parent
+    if runs[0].launch.launcher != "slurm":
+        raise UserError("--sweep: an array of runs is for --launcher slurm; elsewhere, run them one after the other")
+    plans = [_run_plan(config, arguments) for config in runs]
+    if arguments.dry_run:
+        listed = "\n".join(f"run {index}: {config.run_dir}" for index, config in enumerate(runs))
+        print(f"{configs.dump(runs[0])}---\n{listed}\n{plans[0].describe()}\n---\n{slurm.describe(plans, home, True)}")
+        return EXIT_DONE
+    is_submitted = slurm.is_submitted(home, is_array=True)
+    left = [
+        plan
+        for config, plan in zip(runs, plans, strict=True)
+        if _has_work(config, Path(config.run_dir), arguments.accept_change, is_submitted)
+    ]
+    return slurm.run_array(left, home) if left else EXIT_DONE
 
 
 def launch(arguments: Namespace) -> int:
@@ -60,15 +75,20 @@ def launch(arguments: Namespace) -> int:
     if settings.launcher == "inline":
         raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
     job = _script_job(arguments)
+    is_chosen = settings.launcher == "slurm" and arguments.run_dir is None
+    run_dir = slurm.new_home(_name(job)) if is_chosen else arguments.run_dir
     plan = plans.make(
         settings,
         job,
-        run_dir=arguments.run_dir,
+        run_dir=run_dir,
         tee_all=arguments.tee == "all",
         command=tuple(sys.argv),
+        waits=arguments.wait,
     )
+    if is_chosen:
+        print(f"ddpkit: --run-dir was not given; it is {run_dir}", file=sys.stderr)
     if arguments.dry_run:
-        print(plan.describe())
+        print(_describe(plan))
         return EXIT_DONE
     return _LAUNCHERS[plan.launcher](plan)
 
@@ -88,9 +108,9 @@ def evaluate(arguments: Namespace) -> int:
             )
         raise UserError(f"{arguments.run_dir}: there is no checkpoint to evaluate yet")
     job = Job("eval", configs.to_tree(config), {"step": arguments.step}, search_path=(str(Path.cwd()),))
-    plan = _plan(config, job, None, arguments)
+    plan = replace(_plan(config, job, None, arguments), waits=True)  # for the answer
     if arguments.dry_run:
-        print(plan.describe())
+        print(_describe(plan))
         return EXIT_DONE
     return _LAUNCHERS[plan.launcher](plan)
 
@@ -112,9 +132,14 @@ def export(arguments: Namespace) -> int:
 
 def doctor(arguments: Namespace) -> int:
     """`ddpkit doctor`: what was found, and why; 1 if some ranks cannot talk."""
+    settings = configs.load_launch(_overrides(arguments))
+    if settings.launcher == "slurm":
+        raise UserError(
+            "doctor: a submitted job answers too late; have Slurm start ranks here and now: "
+            "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"
+        )
     from . import doctor as examination  # with torch, only here
 
-    settings = configs.load_launch(_overrides(arguments))
     return examination.examine(settings, arguments.launcher)
 
 
@@ -141,6 +166,42 @@ def _overrides(arguments: Namespace) -> list[str]:
     return overrides
 
 
+def _run_plan(config: Config, arguments: Namespace) -> Plan:
+    _check_references(config)
+    # Of a job on other machines, the launcher is there too.
+    options = {} if config.launch.launcher == "slurm" else {"launcher_pid": os.getpid()}
+    job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
+    return _plan(config, job, Path(config.run_dir), arguments)
+
+
+def _describe(plan: Plan) -> str:
+    told = plan.describe()
+    return told if plan.launcher != "slurm" else f"{told}\n---\n{slurm.describe((plan,), slurm.home(plan))}"
+
+
+def _has_work(config: Config, run_dir: Path, accepted: list[str], is_submitted: bool) -> bool:
+    """Whether a run may start or go on now; says so if it is finished.
+
+    Of one that ``is_submitted`` already, it is that job that uses the run directory.
+    """
+    _check_same_run(config, run_dir, accepted)
+    holder = None if is_submitted else claim.holder(run_dir, claim.Claimant.here())
+    if holder is not None:
+        raise UserError(
+            f"run_dir: {run_dir} is in use by pid {holder.claimant.process.pid} on {holder.claimant.place.host} since "
+            f"{holder.started_at}; wait for it, stop it, or choose another run_dir"
+        )
+    newest = listing.intact_newest(run_dir)
+    if newest is not None and is_finished(config, newest):
+        print(f"ddpkit: {run_dir} is finished: step {newest.step}", file=sys.stderr)
+        return False
+    return True
+
+
+def _name(job: Job) -> str:
+    return Path(job.target).stem if job.kind == "script" else job.target.rpartition(".")[2]
+
+
 def _plan(config: Config, job: Job, run_dir: Path | None, arguments: Namespace) -> Plan:
     return plans.make(
         config.launch,
@@ -150,6 +211,7 @@ def _plan(config: Config, job: Job, run_dir: Path | None, arguments: Namespace) 
         command=tuple(sys.argv),
         deterministic=config.train.deterministic,
         global_batch_size=config.data.global_batch_size if job.kind == "run" else None,
+        waits=arguments.wait,
     )
 
 

@@ -14,13 +14,13 @@ import psutil
 
 from ddpkit import world
 from ddpkit.agree import RanksMissing
-from ddpkit.config import Launch
+from ddpkit.config import Launch, node_range
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, DdpkitError, UserError
 from ddpkit.world import World
 
 from .attempts import report_failure
 from .elastic import ElasticNode
-from .job import Job
+from .job import Job, Terms, unpickled
 from .output import Output
 from .plan import visible_gpus
 from .supervise import Node
@@ -64,10 +64,14 @@ def examine(settings: Launch, launcher: str | None) -> int:
         return _examine_here(here)
     nproc = _RANKS if settings.nproc_per_node == "auto" else settings.nproc_per_node
     cores = len(os.sched_getaffinity(0))
-    env = world.thread_and_network_defaults(world.environment(), nproc, cores, settings.nnodes)
+    fewest, most = node_range(settings.nnodes)
+    env = world.thread_and_network_defaults(world.environment(), nproc, cores, most)
+    ranks = str(nproc * most) if fewest == most else f"{nproc * fewest} to {nproc * most}"
+    who = f"{ranks} ranks by launcher {settings.launcher}"
     if settings.launcher == "torchrun":
-        return _examine_started(ElasticNode(nproc, env, 0, settings.nnodes, settings.rdzv_endpoint), settings, nproc)
-    return _examine_started(Node(nproc, settings.start_method, env), settings, nproc)
+        terms = Terms(nproc, fewest, most, max_restarts=0)
+        return _examine_started(ElasticNode(terms, env, settings.rdzv_endpoint), who)
+    return _examine_started(Node(nproc, settings.start_method, env), who)
 
 
 def _examine_here(here: World) -> int:
@@ -92,7 +96,7 @@ def _examine_here(here: World) -> int:
     return EXIT_FAILED if problems else EXIT_DONE
 
 
-def _examine_started(node: Node, settings: Launch, nproc: int) -> int:
+def _examine_started(node: Node, who: str) -> int:
     from ddpkit import talk
 
     job = Job("call", call=cloudpickle.dumps((talk.check, (), {})), search_path=tuple(sys.path))
@@ -104,8 +108,8 @@ def _examine_started(node: Node, settings: Launch, nproc: int) -> int:
         return EXIT_FAILED
     if outcome.exit_code != EXIT_DONE:
         return outcome.exit_code
-    problems: list[str] = outcome.results[0]
-    _conclude(problems, f"{nproc * settings.nnodes} ranks by launcher {settings.launcher}", started)
+    problems: list[str] = unpickled(outcome.results[0])
+    _conclude(problems, who, started)
     return EXIT_FAILED if problems else EXIT_DONE
 
 

@@ -1,75 +1,145 @@
-"""A group of ranks from the first attempt to the last, whoever starts them: numbers, reports, exit codes."""
+"""A group of ranks from the first attempt to the last, whoever starts them: numbers, reports, exit codes, returns."""
 
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
+from ddpkit import requeue, slurm, world
+from ddpkit.checkpoint import listing
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DdpkitError, NoProgress
+from ddpkit.record import Recorder
+from ddpkit.world import Allocation
 
-from .attempts import AttemptFile, begin, report_failure
+from .attempts import AttemptFile, begin, count_saved, follow, report_failure
+from .job import STOP_SIGNALS
 from .output import Output
 from .plan import Plan
-from .supervise import LaunchFailed, Node, Outcome, passing_on_signals
+from .supervise import Node, Outcome, holding_back, passing_on_signals, signal_number
+
+_BEFORE_THE_LIMIT_S = 2.0  # a job that has come to its time limit is not started again, unless it asks in time
+_NEAR_THE_END_S = 300.0  # ranks that stop unasked do so for the end of their allocation, if that is so near
 
 
-def run(plan: Plan, node: Node) -> int:
-    """Have ``node``, not entered yet, start the ranks; again as often as the plan allows. Gives the exit code."""
+@dataclass(frozen=True)
+class Ended:
+    """How a group of ranks ended, with all its attempts.
+
+    Attributes:
+        exit_code: of the command.
+        outcome: of the last attempt; None if that could not be started.
+        report: what was said about a failure.
+        comes_back: Slurm will start the whole job again.
+    """
+
+    exit_code: int
+    outcome: Outcome | None = None
+    report: str | None = None
+    comes_back: bool = False
+
+
+def run(plan: Plan, node: Node) -> Ended:
+    """Have ``node``, not entered yet, start the ranks; again as often as the plan allows."""
     if plan.run_dir is not None:
         return _run(plan, plan.run_dir, node)
     # No records were asked for; only the report of a failure refers to the ranks' output.
     run_dir = Path(tempfile.mkdtemp(prefix="ddpkit-"))
-    code = EXIT_DONE
+    ended = Ended(EXIT_DONE)
     try:
-        code = _run(plan, run_dir, node)
+        ended = _run(plan, run_dir, node)
     finally:
-        if code != EXIT_FAILED:
+        if ended.exit_code != EXIT_FAILED:
             shutil.rmtree(run_dir, ignore_errors=True)
-    return code
+    return ended
 
 
-def _run(plan: Plan, run_dir: Path, node: Node) -> int:
+def _run(plan: Plan, run_dir: Path, node: Node) -> Ended:
+    allocation = world.allocation(world.environment())
+    # Slurm's warning goes to every process of a step; outside Slurm that signal belongs to others.
+    warning = (signal_number(plan.warning_signal),) if allocation is not None else ()
+
+    def take(ranks: int) -> AttemptFile:
+        return begin(run_dir, plan.launcher, ranks, plan.command, allocation)
+
     with ExitStack() as stack:
-        attempt = begin(run_dir, plan.launcher, plan.world_size, plan.command)
-        stack.enter_context(node)
-        stack.enter_context(passing_on_signals(node))
+        attempt = None if node.is_numbered_late else take(plan.world_size)
+        with holding_back(warning):  # it would end processes that have no handler for it
+            stack.enter_context(node)
+        if allocation is not None:
+            node.insistent = frozenset({signal.SIGINT})  # Slurm warns, and sends SIGTERM later, without being impatient
+            node.time_left = partial(_time_left, allocation, plan.warning_signal)
+        stack.enter_context(passing_on_signals(node, (*STOP_SIGNALS, *warning)))
         restart_count = 0
         while True:
-            outcome = _attempt(plan, node, attempt, restart_count)
+            if attempt is None:
+                numbered = _number(node, take, partial(follow, run_dir))
+                if isinstance(numbered, Ended):
+                    return numbered
+                attempt = numbered
+            ended = _attempt(plan, node, attempt, restart_count)
+            outcome = ended.outcome
             if outcome is None:
-                return EXIT_FAILED
+                return ended
             is_final = not outcome.failures or outcome.exit_code == EXIT_USER or outcome.stopped_by is not None
-            if is_final or restart_count == plan.max_restarts:
-                return outcome.exit_code
-            restart_count += 1
-            _say(f"restarting all ranks ({restart_count} of {plan.max_restarts})")
-            attempt = begin(run_dir, plan.launcher, plan.world_size, plan.command)
+            if outcome.regroups:
+                _say("nodes have come or gone: starting all ranks anew")
+            elif is_final or restart_count == plan.max_restarts or outcome.has_lost_node:
+                break
+            else:
+                restart_count += 1
+                _say(f"restarting all ranks ({restart_count} of {plan.max_restarts})")
+            attempt = None
+    assert attempt is not None  # the last one
+    # After the ranks' end: Slurm ends all that is left of the job as soon as it is asked.
+    return _come_back(plan, allocation, attempt, ended) if allocation is not None else ended
 
 
-def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -> Outcome | None:
+def _number(
+    node: Node, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]
+) -> AttemptFile | Ended:
+    try:
+        numbered = node.number(take, follow)
+    except DdpkitError as error:
+        _say(str(error))
+        return Ended(error.exit_code, report=str(error))
+    if isinstance(numbered, Outcome):
+        _say(_how(numbered))
+        return Ended(numbered.exit_code, numbered)
+    return numbered
+
+
+def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -> Ended:
     options = plan.job.options | {"attempt": attempt.number}
     job = replace(plan.job, options=options)
     try:
         outcome = node.run(job, restart_count, Output(attempt.log_dir, plan.tee_all))
-    except LaunchFailed as error:
-        attempt.end(str(error), EXIT_FAILED)
+    except DdpkitError as error:
+        attempt.end(str(error), error.exit_code)
         _say(str(error))
-        return None
+        return Ended(error.exit_code, report=str(error))
     how = _how(outcome)
     attempt.end(how, outcome.exit_code)
+    report = None
     if outcome.failures:
         first = outcome.failures[0]
-        _say(first.message if first.is_users_input else report_failure(outcome.failures, attempt))
-    elif outcome.exit_code != EXIT_DONE:
+        report = first.message if first.is_users_input else report_failure(outcome.failures, attempt)
+        _say(report)
+    elif outcome.exit_code != EXIT_DONE and not outcome.regroups:
         _say(f"{how}, state saved; run it again to continue" if outcome.is_saved else how)
-    return outcome
+    return Ended(outcome.exit_code, outcome, report)
 
 
 def _how(outcome: Outcome) -> str:
+    if outcome.regroups:
+        return "nodes came or went"
     if outcome.failures:
         first = outcome.failures[0]
         return f"rank {first.rank} failed: {first.kind or ''} {first.message}".replace(":  ", ": ")
@@ -77,6 +147,68 @@ def _how(outcome: Outcome) -> str:
         return "done"
     by = f" ({outcome.stopped_by})" if outcome.stopped_by else ""  # a script may stop by itself
     return f"stopped on request{by}" if outcome.is_saved else f"ended by {outcome.stopped_by}"
+
+
+def _come_back(plan: Plan, allocation: Allocation, attempt: AttemptFile, ended: Ended) -> Ended:
+    """Have Slurm start the job again, if it has ended this one before its work was done."""
+    outcome = ended.outcome
+    if outcome is None or outcome.exit_code in (EXIT_DONE, EXIT_USER):
+        return ended
+    if outcome.stopped_by is None and not outcome.has_lost_node and not (outcome.is_saved and _is_near_end(allocation)):
+        return ended  # a failure, or a script that stops by itself
+    step = _progress(plan, attempt.run_dir)
+
+    def note(step: int, reason: str) -> None:
+        attempt.end(_how(outcome), outcome.exit_code, requeued=reason)
+        recorder = Recorder(attempt.run_dir, True, attempt.number)
+        recorder.event(requeue.EVENT, step=step, reason=reason)
+        recorder.close()
+        _say(f"job {allocation.job_id} is queued again ({reason}), and goes on at step {step}")
+
+    try:
+        why = requeue.ask(
+            allocation,
+            signal_name=requeue.LOST_NODE if outcome.has_lost_node else outcome.stopped_by,
+            warning_signal=plan.warning_signal,
+            run_dir=attempt.run_dir,
+            step=step,
+            max_idle=plan.max_idle_requeues,
+            note=note,
+        )
+    except NoProgress as error:
+        attempt.end(str(error), EXIT_FAILED)
+        _say(str(error))
+        return replace(ended, exit_code=EXIT_FAILED, report=str(error))
+    return replace(ended, comes_back=why in requeue.COMES_BACK)
+
+
+def _time_left(allocation: Allocation, warning_signal: str, signal_name: str) -> tuple[str, float] | None:
+    """Why Slurm ends the job, and in how many seconds at the soonest; None if it does not, or does not say."""
+    try:
+        state = slurm.job_state(allocation.job_id)
+    except slurm.SlurmFailed:
+        return None
+    why = requeue.why(state, allocation, signal_name, warning_signal)
+    if state.ends_at is None or why not in requeue.OURS:
+        return None
+    # A preempted job that is still there at the end comes back by Slurm's own doing.
+    spare_s = _BEFORE_THE_LIMIT_S if why == "time limit" else 0.0
+    return why, max(0.0, state.ends_at - time.time() - spare_s)
+
+
+def _is_near_end(allocation: Allocation) -> bool:
+    try:
+        ends_at = slurm.job_state(allocation.job_id).ends_at
+    except slurm.SlurmFailed:
+        return False
+    return ends_at is not None and ends_at - time.time() < _NEAR_THE_END_S
+
+
+def _progress(plan: Plan, run_dir: Path) -> int:
+    """How far the work is: the newest checkpoint's step; of a script, which has its own, how often it has saved."""
+    if plan.job.kind == "run":
+        return max((step for step, _ in listing.complete(listing.checkpoints_directory(run_dir))), default=0)
+    return count_saved(run_dir)
 
 
 def _say(text: str) -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import base64
 import signal
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+import cloudpickle
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks ranks to stop; blocked in a new rank until it can stop in an orderly way."""
+
+STACK_SIGNAL = signal.SIGRTMIN + 9
+"""Has a rank write where all its threads are, also from inside C++."""
 
 Kind = Literal["run", "eval", "script", "module", "call"]
 
@@ -59,6 +64,67 @@ class RankOrder:
     stdout: int
     stderr: int
     report: int
+    stacks: int
+
+    PIPES: ClassVar = ("stdout", "stderr", "report", "stacks")
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All that it writes to."""
+        return tuple(getattr(self, name) for name in self.PIPES)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the launchers of an elastic group have to agree in, each on its machine.
+
+    Attributes:
+        nproc: ranks on each machine.
+        min_nodes: machines, at least.
+        max_nodes: machines, at most.
+        max_restarts: how often a failed group is started again.
+    """
+
+    nproc: int
+    min_nodes: int
+    max_nodes: int
+    max_restarts: int
+
+    @property
+    def alone(self) -> bool:
+        """There is only this machine."""
+        return self.max_nodes == 1
+
+    def describe(self) -> str:
+        """In the words of the config."""
+        nodes = self.min_nodes if self.min_nodes == self.max_nodes else f"{self.min_nodes}:{self.max_nodes}"
+        return f"nproc_per_node {self.nproc}, nnodes {nodes}, max_restarts {self.max_restarts}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank held shortly before its end, when it held most. All sizes in bytes.
+
+    Attributes:
+        held: resident in the rank itself.
+        children: processes that descend from it, such as loader workers.
+        held_by_children: resident in those, what they share counted in each.
+        held_by_all: the same sum over all ranks of this node and their children.
+        limit: the smallest that holds for them.
+        limit_of: whose limit that is, in words.
+        seen_s_before: seconds from then to the end.
+        ran_out: the kernel has ended a process here in the last half minute because memory had run out; None where it
+            does not tell.
+    """
+
+    held: int
+    children: int
+    held_by_children: int
+    held_by_all: int
+    limit: int
+    limit_of: str
+    seen_s_before: float
+    ran_out: bool | None
 
 
 @dataclass(frozen=True)
@@ -74,6 +140,9 @@ class Failure:
         message: its text.
         traceback: as Python prints it; empty for input errors and kills.
         is_users_input: the user's input is wrong (exit code 2).
+        is_consequence: it is what a rank sees when another one has gone.
+        last_lines: of its output, where there is no exception to quote.
+        memory: what it held, if that has been looked at.
         exception: the exception itself, by cloudpickle; empty if it cannot be pickled.
     """
 
@@ -85,6 +154,9 @@ class Failure:
     message: str = ""
     traceback: str = ""
     is_users_input: bool = False
+    is_consequence: bool = False
+    last_lines: tuple[str, ...] = ()
+    memory: Memory | None = None
     exception: bytes = b""
 
     def to_json(self) -> dict[str, Any]:
@@ -94,4 +166,14 @@ class Failure:
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Failure:
         """The failure that `to_json` wrote."""
-        return cls(**tree | {"exception": base64.b64decode(tree["exception"])})
+        given = tree | {
+            "last_lines": tuple(tree["last_lines"]),
+            "memory": Memory(**tree["memory"]) if tree["memory"] is not None else None,
+            "exception": base64.b64decode(tree["exception"]),
+        }
+        return cls(**given)
+
+
+def unpickled(result: str) -> Any:
+    """What a rank's call returned, out of an `Outcome`; None if it returned nothing of that kind."""
+    return cloudpickle.loads(base64.b64decode(result)) if result else None

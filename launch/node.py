@@ -3,7 +3,7 @@
 It imports torch once and forks the ranks (``warm``), or starts each anew (``spawn``). What it imports is torch and
 ddpkit, nothing of the user's; it runs no tensor operation (children of a process that ran a parallel one deadlock) and
 touches no device, not even to ask whether there is one. A child of its own serves the rendezvous store of each
-attempt, so that no rank owns it.
+attempt (on the first node), so that no rank owns it.
 
 It is also the guardian: when the launcher is gone, by whatever signal, its end of the control socket closes, and all
 that was started here is ended. Ranks die with this process in turn (the kernel sees to it), and the store's process
@@ -36,6 +36,7 @@ from ddpkit.orphans import adopt_orphans, die_with_parent, end_session, on_paren
 from . import rank as rank_process
 from .job import STOP_SIGNALS, Job, RankOrder
 from .lines import Lines
+from .memory import Watch
 
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
 
@@ -78,7 +79,8 @@ class _Node:
         self._listener: socket.socket | None = None
         self._start_method = start_method
         self._lines = Lines()
-        self._ranks: dict[int, int] = {}  # pid -> rank
+        self._ranks: dict[int, int] = {}  # pid -> its place among the orders
+        self._memory = Watch()
         self._parent = os.getppid()
 
     def serve(self) -> None:
@@ -97,6 +99,7 @@ class _Node:
                 with contextlib.suppress(BlockingIOError):
                     os.read(woken, 4096)
             self._reap()
+            self._memory.look(self._ranks)
             if self._control.fileno() in ready and not self._orders():
                 return
 
@@ -117,22 +120,24 @@ class _Node:
 
     def _start(self, job: Job, orders: list[RankOrder]) -> None:
         end_descendants()  # of an attempt before: its store, whose keys mislead plain scripts, and what ranks have left
-        assert self._listener is not None  # sent ahead
-        _fork(partial(_serve_store, self._listener), self._control, [])
-        self._listener.close()
-        for order in orders:
+        _fork(partial(_guard, self._listener), self._control, [])
+        if self._listener is not None:  # it was sent ahead
+            self._listener.close()
+            self._listener = None
+        self._memory = Watch()
+        for place, order in enumerate(orders):
             # A rank holds only its own ends: a pipe is at its end when those who write to it are gone.
-            others = [fd for other in orders if other != order for fd in (other.stdout, other.stderr, other.report)]
+            others = [fd for other in orders if other != order for fd in other.descriptors]
             if self._start_method == "warm":
                 pid = _fork(partial(rank_process.run, job, order), self._control, others)
             else:
                 pid = _spawn(job, order)
-            self._ranks[pid] = order.rank
-        self._tell(started={str(rank): pid for pid, rank in self._ranks.items()})
+            self._ranks[pid] = place
+        self._tell(started={str(orders[place].rank): pid for pid, place in self._ranks.items()})
 
-    def _signal(self, number: int, ranks: list[int]) -> None:
-        for pid, rank in self._ranks.items():
-            if rank in ranks:
+    def _signal(self, number: int, places: list[int]) -> None:
+        for pid, place in self._ranks.items():
+            if place in places:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
@@ -144,18 +149,24 @@ class _Node:
                 return
             if pid == 0:
                 return
-            if (rank := self._ranks.pop(pid, None)) is not None:
-                self._tell(ended=rank, status=os.waitstatus_to_exitcode(status), when=time.monotonic())
+            if (place := self._ranks.pop(pid, None)) is not None:
+                self._tell(
+                    ended=place,
+                    status=os.waitstatus_to_exitcode(status),
+                    when=time.monotonic(),
+                    memory=vars(self._memory.last(pid)) if status else None,
+                )
 
     def _tell(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # the launcher is gone; the next turn of the loop sees it
             self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _serve_store(listener: socket.socket) -> int:
+def _guard(listener: socket.socket | None) -> int:
+    """End what the ranks have started when the node process is gone; serve their store, if that falls to this node."""
     node = os.getppid()
     on_parents_death(signal.SIGTERM)  # blocked in this process, as in a new rank: only the wait below takes it
-    kept = rendezvous.serve(listener)
+    kept = rendezvous.serve(listener) if listener is not None else None
     while os.getppid() == node:
         signal.sigwait(STOP_SIGNALS)
     del kept
@@ -201,7 +212,7 @@ def _spawn(job: Job, order: RankOrder) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as in `_fork`; it lasts through exec
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("child.py")), "rank", str(descriptor)],
-        pass_fds=[descriptor, order.stdout, order.stderr, order.report],
+        pass_fds=[descriptor, *order.descriptors],
         env=world.environment() | order.env,
         preexec_fn=lambda: die_with_parent(parent),
     )

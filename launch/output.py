@@ -11,6 +11,12 @@ from typing import BinaryIO
 from .lines import Lines
 
 _LONGEST = 1 << 16  # bytes of a line that are held back for its end (a progress bar may never end it)
+_TAIL = 1 << 13  # bytes of a rank's output that are kept for a report
+_LAST_LINES = 12
+_WIDEST = 200  # characters of a line that a report quotes
+_CRASH = "Fatal Python error"  # what faulthandler begins with; the innermost call follows first
+_CRASH_LINES = 24
+_NOTHING_NEW = (f'  File "{Path(__file__).parent}', "Extension modules: ")
 
 
 class Output:
@@ -29,6 +35,7 @@ class Output:
         self._tee_all = tee_all
         self._logs: dict[int, BinaryIO | None] = {}
         self._lines: dict[tuple[int, str], Lines] = {}
+        self._tails: dict[int, bytes] = {}
 
     def write(self, rank: int, stream: str, data: bytes) -> None:
         """Take what a rank wrote on "stdout" or "stderr"."""
@@ -42,6 +49,17 @@ class Output:
                 self._show(stream, b"".join(b"[rank %d] %s\n" % (rank, line) for line in complete))
         elif rank == 0:
             self._show(stream, data)
+        else:
+            self._tails[rank] = (self._tails.get(rank, b"") + data[-_TAIL:])[-_TAIL:]
+
+    def unseen(self, rank: int) -> tuple[str, ...]:
+        """The last lines of a rank whose output the console does not show."""
+        lines = self._tails.get(rank, b"").decode(errors="replace").rstrip().split("\n")
+        crash = next((place for place, line in enumerate(lines) if line.startswith(_CRASH)), None)
+        last = lines[-_LAST_LINES:] if crash is None else lines[max(crash - _LAST_LINES, 0) : crash + _CRASH_LINES]
+        # Of a progress bar, which goes back in its line again and again, what was seen last.
+        seen = [line.rstrip("\r").rpartition("\r")[2][:_WIDEST] for line in last]
+        return tuple(line for line in seen if line and not line.startswith(_NOTHING_NEW))
 
     def flush(self) -> None:
         """Show lines that have not been ended, and close the logs."""

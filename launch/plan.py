@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddpkit import world
-from ddpkit.config import Launch
+from ddpkit.config import Launch, node_range
 from ddpkit.errors import UserError
 from ddpkit.world import World
 
@@ -23,18 +23,22 @@ class Plan:
     Attributes:
         launcher: "inline", "local", "torchrun" or "slurm".
         nproc: ranks on this machine.
-        nnodes: machines.
+        nnodes: machines; with a range of them, the most.
         rdzv_endpoint: where several machines meet.
-        start_method: "warm" or "spawn", of the local launcher.
+        start_method: "warm" or "spawn".
+        backend: of the process group, as the config has it.
         max_restarts: of a failed group.
         max_idle_requeues: how often in a row a Slurm job comes back without having got further.
         warning_signal: the name, without SIG, of what Slurm sends before the time limit.
-        slurm: options of the submission, by submitit's names.
+        slurm: what is asked of Slurm, as `sbatch.parameters` gives it; empty for other launchers.
         env: variables that every rank gets besides those that say who it is.
         job: what the ranks do.
         run_dir: where attempts, logs and failure reports go; None keeps none.
         tee_all: show the output of all ranks.
         command: what was typed, for the record.
+        snapshot: whether a Slurm job gets a copy of the code.
+        waits: whether the launcher follows a Slurm job to its end.
+        min_nodes: with a range of machines, the fewest.
     """
 
     launcher: str
@@ -42,6 +46,7 @@ class Plan:
     nnodes: int
     rdzv_endpoint: str | None
     start_method: str
+    backend: str
     max_restarts: int
     max_idle_requeues: int
     warning_signal: str
@@ -51,6 +56,9 @@ class Plan:
     run_dir: Path | None
     tee_all: bool
     command: tuple[str, ...]
+    snapshot: bool = False
+    waits: bool = False
+    min_nodes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A tree that `from_json` takes back."""
@@ -69,22 +77,34 @@ class Plan:
 
     @property
     def world_size(self) -> int:
-        """Ranks on all machines."""
+        """Ranks on all machines; with a range of them, the most."""
         return self.nproc * self.nnodes
+
+    @property
+    def fewest_nodes(self) -> int:
+        """Machines; with a range of them, the fewest."""
+        return self.nnodes if self.min_nodes is None else self.min_nodes
 
     def describe(self) -> str:
         """The plan as YAML-like lines, for ``--dry-run``."""
         what = self.job.target or (str(self.run_dir) if self.run_dir else self.job.kind)
         lines = [
             f"launcher: {self.launcher}",
-            f"ranks: {self.world_size}",
-            *([f"nodes: {self.nnodes}, which meet at {self.rdzv_endpoint}"] if self.nnodes > 1 else []),
+            f"ranks: {_from_to(self.nproc * self.fewest_nodes, self.world_size)}",
+            *([f"nodes: {_from_to(self.fewest_nodes, self.nnodes)}{self._meeting()}"] if self.nnodes > 1 else []),
             *([f"start_method: {self.start_method}"] if self.launcher != "torchrun" else []),
             f"max_restarts: {self.max_restarts}",
             f"job: {self.job.kind} {what}",
             *(f"env: {name}={value}" for name, value in sorted(self.env.items())),
         ]
         return "\n".join(lines)
+
+    def _meeting(self) -> str:
+        return "" if self.rdzv_endpoint is None else f", which meet at {self.rdzv_endpoint}"
+
+
+def _from_to(fewest: int, most: int) -> str:
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def make(
@@ -96,6 +116,7 @@ def make(
     command: tuple[str, ...],
     deterministic: bool = False,
     global_batch_size: int | None = None,
+    waits: bool = False,
 ) -> Plan:
     """Decide how many ranks start, and with which environment.
 
@@ -103,6 +124,52 @@ def make(
         UserError: more ranks than GPUs or than samples in a global batch, or somebody has started ranks already.
     """
     env = world.environment()
+    slurm: dict[str, Any] = {}
+    added: dict[str, str] = {}
+    fewest, most = node_range(launch.nnodes)
+    if fewest != most and launch.launcher != "torchrun":
+        raise UserError(
+            f"launch.nnodes: {launch.nnodes} is a range, and machines can come and go with launch.launcher=torchrun "
+            f"alone; give {launch.launcher} one number"
+        )
+    if launch.launcher == "slurm":
+        from . import sbatch  # with submitit, for this alone
+
+        nproc, slurm = sbatch.parameters(launch)
+        nnodes, has_gpus = most, launch.backend != "gloo"  # what its nodes are like, the job will see
+    else:
+        nproc, nnodes, has_gpus, added = _here(launch, env)
+    if global_batch_size is not None and global_batch_size < nproc * nnodes:
+        raise UserError(
+            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc * nnodes} ranks; give at "
+            f"least {nproc * nnodes}, or start fewer ranks (launch.nproc_per_node)"
+        )
+    if deterministic and has_gpus and "CUBLAS_WORKSPACE_CONFIG" not in env:
+        added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch asks for it
+    return Plan(
+        launcher=launch.launcher,
+        nproc=nproc,
+        nnodes=nnodes,
+        rdzv_endpoint=launch.rdzv_endpoint,
+        start_method=launch.start_method,
+        backend=launch.backend,
+        max_restarts=launch.max_restarts,
+        max_idle_requeues=launch.max_idle_requeues,
+        warning_signal=launch.warning_signal,
+        slurm=slurm,
+        env=added,
+        job=job,
+        run_dir=run_dir,
+        tee_all=tee_all,
+        command=command,
+        snapshot=launch.snapshot,
+        waits=waits,
+        min_nodes=fewest if fewest < most else None,
+    )
+
+
+def _here(launch: Launch, env: Mapping[str, str]) -> tuple[int, int, bool, dict[str, str]]:
+    """Ranks on this machine, machines, whether the ranks have GPUs, and variables for them."""
     here = World.from_env(env)
     nnodes = _nodes(launch, here)
     gpus = 0 if launch.backend == "gloo" else visible_gpus(env)
@@ -115,30 +182,8 @@ def make(
         )
     if launch.backend == "nccl" and not gpus:
         raise UserError("launch.backend: nccl needs GPUs, and this machine shows none; use auto or gloo")
-    if global_batch_size is not None and global_batch_size < nproc * nnodes:
-        raise UserError(
-            f"data.global_batch_size: {global_batch_size} samples cannot be split over {nproc * nnodes} ranks; give at "
-            f"least {nproc * nnodes}, or start fewer ranks (launch.nproc_per_node)"
-        )
     added = world.thread_and_network_defaults(env, nproc, (launch.cpus_per_rank or 0) * nproc or cores, nnodes)
-    if deterministic and gpus and "CUBLAS_WORKSPACE_CONFIG" not in env:
-        added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts; torch asks for it
-    return Plan(
-        launcher=launch.launcher,
-        nproc=nproc,
-        nnodes=nnodes,
-        rdzv_endpoint=launch.rdzv_endpoint,
-        start_method=launch.start_method,
-        max_restarts=launch.max_restarts,
-        max_idle_requeues=launch.max_idle_requeues,
-        warning_signal=launch.warning_signal,
-        slurm=dict(launch.slurm),
-        env=added,
-        job=job,
-        run_dir=run_dir,
-        tee_all=tee_all,
-        command=command,
-    )
+    return nproc, nnodes, gpus > 0, added
 
 
 def visible_gpus(env: Mapping[str, str], device_files: Path = Path("/dev")) -> int:
@@ -159,30 +204,31 @@ def _is_no_device(name: str, count: int) -> bool:
 
 def _nodes(launch: Launch, here: World) -> int:
     """Machines, where that number and the launcher go together."""
+    _, most = node_range(launch.nnodes)
     if launch.launcher == "inline":
         return here.nnodes
-    if launch.launcher == "local" and launch.nnodes > 1:
+    if launch.launcher == "local" and most > 1:
         raise UserError(
             f"launch.nnodes: {launch.nnodes} machines, but the local launcher starts ranks on this one; use "
             "launch.launcher=torchrun on each of them"
         )
-    if launch.nnodes > 1 and launch.rdzv_endpoint is None:
+    if most > 1 and launch.rdzv_endpoint is None:
         raise UserError(
             f"launch.rdzv_endpoint: {launch.nnodes} machines need a place to meet; give HOST:PORT of one of them, the "
             "same on all"
         )
-    if launch.nnodes == 1 and launch.rdzv_endpoint is not None:
+    if most == 1 and launch.rdzv_endpoint is not None:
         raise UserError(
             f"launch.rdzv_endpoint: {launch.rdzv_endpoint} is for launch.launcher=torchrun with launch.nnodes of 2 or "
             "more; leave it out"
         )
     # With several machines, srun may well start one launcher on each.
-    if here.world_size > (1 if launch.nnodes == 1 else here.nnodes):
+    if here.world_size > (1 if most == 1 else here.nnodes):
         raise UserError(
             f"launch.launcher: this process is rank {here.rank} of {here.world_size} already ({here.source}), and each "
             "of them would start ranks of its own; use launch.launcher=inline (--launcher inline) there"
         )
-    return launch.nnodes
+    return most
 
 
 def _ranks(launch: Launch, gpus: int, cores: int, here: World) -> int:

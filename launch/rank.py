@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import builtins
 import contextlib
+import faulthandler
 import io
 import json
 import logging
@@ -15,7 +16,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 import types
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -24,9 +24,12 @@ from typing import Any
 import cloudpickle
 
 from ddpkit import world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DdpkitError, Stalled, UserError
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DdpkitError, Stalled, UserError
 
-from .job import STOP_SIGNALS, Failure, Job, RankOrder
+from .carrying import carried
+from .causes import cause_of, explain
+from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, RankOrder
+from .memory import be_killed_first
 
 
 def main(order_fd: str) -> int:
@@ -39,8 +42,11 @@ def main(order_fd: str) -> int:
 def run(job: Job, order: RankOrder) -> int:
     """Do the job as this rank, and say how it went. Returns the exit code of the process."""
     world.adopt(order.env)
+    be_killed_first()
     _redirect(order, takes_input=order.rank == 0 and job.kind in ("script", "module"))
+    faulthandler.enable(all_threads=False)  # a crash in native code says where it was called from
     sys.path[0:1] = job.search_path
+    faulthandler.register(STACK_SIGNAL, file=order.stacks, all_threads=True)
     me = os.getpid()
     _report_stalls(order, with_exception=job.kind == "call")
     try:
@@ -84,13 +90,21 @@ def _do(job: Job, order: RankOrder) -> None:
         _show_log()
         worker.work(job.kind, job.config, job.options)  # lets the stop signals through when it can stop
         return
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    _let_signals_through()
     if job.kind == "call":
         function, args, kwargs = cloudpickle.loads(job.call)
         result = cloudpickle.dumps(function(*args, **kwargs))
         _report(order, {"result": base64.b64encode(result).decode()})
     else:
         _run_as_main(job)
+
+
+def _let_signals_through() -> None:
+    """A script gets the stop signals as ever. Slurm's warning would end one that has no handler: it is for others."""
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS) - set(STOP_SIGNALS)
+    for number in held:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
 
 
 def _run_as_main(job: Job) -> None:
@@ -145,7 +159,10 @@ def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
     if leaving.code is None:
         return EXIT_DONE
     if isinstance(leaving.code, int):
-        return leaving.code & 0xFF
+        code = leaving.code & 0xFF
+        if code not in (EXIT_DONE, EXIT_STOPPED):
+            _report_exit(order, code)
+        return code
     print(leaving.code, file=sys.stderr)  # noqa: T201 - what Python itself does with sys.exit("text")
     report_failure(order, leaving, EXIT_FAILED, with_traceback=False)
     return EXIT_FAILED
@@ -156,22 +173,25 @@ def report_failure(
 ) -> None:
     """Tell the launcher why this rank ends."""
     when = time.monotonic()  # first of all: the order of failures is the order of causes
-    text = "".join(traceback.format_exception(_without_our_frames(error))) if with_traceback else ""
-    exception = b""
-    if with_exception:
-        with contextlib.suppress(Exception):  # any user type may refuse to be pickled, in any way
-            exception = cloudpickle.dumps(error)
+    cause = cause_of(_without_our_frames(error))
     failure = Failure(
         rank=order.rank,
         host=socket.gethostname(),
         when=when,
         exit_code=exit_code,
-        kind=type(error).__name__,
-        message=str(error),
-        traceback=text,
+        kind=cause.kind,
+        message=cause.message,
+        traceback=cause.traceback if with_traceback else "",
         is_users_input=isinstance(error, UserError),
-        exception=exception,
+        is_consequence=cause.is_consequence,
+        exception=carried(error) if with_exception and isinstance(error, Exception) else b"",
     )
+    _report(order, {"failure": failure.to_json()})
+
+
+def _report_exit(order: RankOrder, code: int) -> None:
+    """Say now that this rank ends in error: leaving the interpreter takes longer than others take to notice."""
+    failure = Failure(order.rank, socket.gethostname(), time.monotonic(), code, message=explain(code))
     _report(order, {"failure": failure.to_json()})
 
 

@@ -5,7 +5,6 @@ The launcher's side of `node`. One thread, one selector: everything that happens
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -14,25 +13,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import cloudpickle
 
 from ddpkit import orphans, rendezvous, world
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
 from ddpkit.world import World
 
-from .job import STOP_SIGNALS, Failure, Job, RankOrder
+from .attempts import AttemptFile
+from .causes import ENDED_BY_US, WAITED, explain, order_by_cause, waits
+from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, Memory, RankOrder
 from .lines import Lines
+from .memory import RAN_OUT, WORKER_DIED, Watch, judge
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
 _SAME_REQUEST_S = 2.0  # a second SIGTERM within this time counts as the first
+_STACKS_S = 1.0  # for ranks to write where they are, before they are ended
 _END_S = 5.0  # for the node process to end everything and itself
 _END_NOW_S = 0.5  # the same after a second Ctrl-C; it may be deep in an import
 _PIECE = 1 << 20  # bytes read at a time: all that a pipe holds
@@ -49,20 +52,45 @@ class Outcome:
     Attributes:
         exit_code: by ddpkit's rules, of the group as a whole.
         failures: of all ranks that failed, the cause first.
-        results: what each rank's call returned, by rank ("call" jobs).
+        results: what each rank's call returned, by rank ("call" jobs); in base64, by cloudpickle.
         stopped_by: the name of the signal that asked for the end, if one did.
         is_saved: the ranks have agreed on the stop, and saved their state.
+        has_lost_node: another node cannot be reached any more.
+        regroups: the ranks start again because nodes have come or gone.
     """
 
     exit_code: int
     failures: tuple[Failure, ...] = ()
-    results: tuple[Any, ...] = ()
+    results: tuple[str, ...] = ()
     stopped_by: str | None = None
     is_saved: bool = False
+    has_lost_node: bool = False
+    regroups: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the ranks of one launcher lie among all.
+
+    Attributes:
+        first: the first one's rank.
+        world_size: ranks of all launchers.
+        first_local: the first one's local rank; not 0 where a node has several launchers.
+        local_world_size: ranks on this node.
+        master_addr: where the rendezvous store is served.
+    """
+
+    first: int
+    world_size: int
+    first_local: int
+    local_world_size: int
+    master_addr: str = "127.0.0.1"
 
 
 @dataclass
-class _Rank:
+class Rank:
+    """A rank as its launcher sees it."""
+
     rank: int
     order: RankOrder
     readers: dict[str, int]
@@ -70,8 +98,15 @@ class _Rank:
     when: float = 0.0
     report: Lines = field(default_factory=Lines)
     failure: Failure | None = None
-    result: Any = None
+    memory: Memory | None = None
+    result: str = ""
+    stacks: bytes = b""
     was_ended: bool = False
+
+    def begin(self) -> None:
+        """Forget the attempt before."""
+        self.ended, self.report, self.failure, self.result = None, Lines(), None, ""
+        self.stacks, self.was_ended = b"", False
 
 
 class Node:
@@ -81,16 +116,23 @@ class Node:
         nproc: ranks to start, all on this machine.
         start_method: "warm" or "spawn".
         env: variables for every rank besides those that say who it is.
-        tick: called about once a second while ranks run.
+        place: where these ranks lie among all; by default they are all.
+
+    Attributes:
+        insistent: which of the stop signals end the ranks at once when they are repeated.
+        time_left: asked in a thread, when the ranks are asked to stop (given the signal's name): why, and how many
+            seconds they have at most; None if there is no end.
+        ends_now: a repeated signal has ended the ranks.
     """
 
-    def __init__(
-        self, nproc: int, start_method: str, env: Mapping[str, str], tick: Callable[[], None] | None = None
-    ) -> None:
+    is_numbered_late = False
+    """The number of an attempt is known only when the launchers of all nodes have met."""
+
+    def __init__(self, nproc: int, start_method: str, env: Mapping[str, str], place: Place | None = None) -> None:
         self._nproc = nproc
+        self._place = place or Place(0, nproc, 0, nproc)
         self._start_method = start_method
         self._env = dict(env)
-        self._tick = tick
         self._selector = selectors.DefaultSelector()
         self._lines = Lines()
         self._requested: str | None = None
@@ -98,16 +140,22 @@ class Node:
         self._requests: list[int] = []
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
-        self._ranks: list[_Rank] = []
+        self._ranks: list[Rank] = []
         self._lost = False
         self._problem: str | None = None
+        self._memory = Watch()
+        self._output = Output(None, tee_all=False)
+        self._give_up_at: tuple[str, float] | None = None
+        self._giving_up: tuple[str, float] | None = None
+        self.insistent = frozenset(STOP_SIGNALS)
+        self.time_left: Callable[[str], tuple[str, float] | None] | None = None
         self.ends_now = False
         self.pids: dict[int, int] = {}
 
     def __enter__(self) -> Node:
         self._control, theirs = socket.socketpair()
-        self._ranks = [_with_pipes(rank) for rank in range(self._nproc)]
-        ends = [fd for rank in self._ranks for fd in (rank.order.stdout, rank.order.stderr, rank.order.report)]
+        self._ranks = [_with_pipes(self._place.first + index) for index in range(self._nproc)]
+        ends = [fd for rank in self._ranks for fd in rank.order.descriptors]
         self._process = subprocess.Popen(
             [
                 sys.executable,
@@ -122,12 +170,12 @@ class Node:
         theirs.close()
         for fd in ends:
             os.close(fd)
-        self._selector.register(self._control, selectors.EVENT_READ, None)
-        self._selector.register(self._woken, selectors.EVENT_READ, None)
+        self._watch(self._control, self._hear)
+        self._watch(self._woken, self._pass_on)
         for rank in self._ranks:
             for name, fd in rank.readers.items():
                 os.set_blocking(fd, False)
-                self._selector.register(fd, selectors.EVENT_READ, (rank, name))
+                self._watch(fd, partial(self._read, rank, name))
         return self
 
     def __exit__(
@@ -164,10 +212,23 @@ class Node:
         with contextlib.suppress(BlockingIOError):  # it is full of earlier ones
             os.write(self._wake, b"!")
 
+    def number(self, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]) -> AttemptFile | Outcome:
+        """Number the next attempt.
+
+        Args:
+            take: takes the next free number, given how many ranks there are.
+            follow: joins an attempt that another node's launcher has numbered.
+
+        Returns:
+            The attempt, or how it all ended before there was one.
+        """
+        return take(self._place.world_size)
+
     def run(self, job: Job, restart_count: int, output: Output) -> Outcome:
         """Start the ranks, and return when the last one has ended."""
+        self._output, self._giving_up = output, None
         for rank in self._ranks:
-            rank.ended, rank.report, rank.failure, rank.result, rank.was_ended = None, Lines(), None, None, False
+            rank.begin()
         with contextlib.suppress(ConnectionError):  # the node process has died; the loop below is told
             self._start(job, restart_count)
         for rank in self._ranks:
@@ -175,35 +236,82 @@ class Node:
         if self._requested is not None:  # before a restart
             self._signal_all(getattr(signal, self._requested))
         deadline: float | None = None
-        while any(rank.ended is None for rank in self._ranks) and not (self._lost or self.ends_now):
-            for key, _ in self._selector.select(timeout=0.2 if deadline else 1.0):
-                if key.fileobj is self._control:
-                    self._hear()
-                elif key.data is None:
-                    self._pass_on()
-                else:
-                    rank, name = key.data
-                    self._read(rank, name, output)
-            if self._tick is not None:
-                self._tick()
-            if deadline is None and any(_failed(rank) for rank in self._ranks):
+        while not (self._all_ended() or self._lost or self.ends_now):
+            self._handle_events(timeout_s=0.2 if deadline or self._giving_up else 1.0)
+            self._give_up_when_due()
+            if deadline is None and self._some_failed():
                 deadline = time.monotonic() + _LINGER_S
             if deadline is not None and time.monotonic() > deadline:
                 # One that lingers after its error delays its neighbours as long; one in a collective never ends.
-                self._signal_all(signal.SIGKILL)
-                for rank in self._ranks:
-                    rank.was_ended = rank.was_ended or rank.ended is None
+                self._end_ranks()
         for rank in self._ranks:
             for name in rank.readers:
-                self._read(rank, name, output)
+                self._read(rank, name)
         output.flush()
         return self._outcome()
 
+    def give_up(self, why: str) -> None:
+        """End the ranks that have not ended by themselves: as failed because of ``why``, with their stacks."""
+        if self._giving_up is None:
+            self._giving_up = (why, time.monotonic() + _STACKS_S)
+            self._signal_all(STACK_SIGNAL)
+
+    def _find_end(self, name: str) -> None:
+        assert self.time_left is not None  # it is asked
+        if (found := self.time_left(name)) is not None:
+            self._give_up_at = (found[0], time.monotonic() + found[1])
+
+    def _give_up_when_due(self) -> None:
+        if self._give_up_at is not None and time.monotonic() > self._give_up_at[1]:
+            why, self._give_up_at = self._give_up_at[0], None
+            self.give_up(f"asked to stop ({why}), and did not in time: stuck, or its step or save took too long")
+        if self._giving_up is None or time.monotonic() < self._giving_up[1]:
+            return
+        for rank in self._ranks:
+            if rank.ended is None and rank.failure is None:
+                stacks = rank.stacks.decode(errors="replace")
+                is_waiting = waits(stacks)
+                why = WAITED if is_waiting else self._giving_up[0]
+                failure = self._failure(rank, -signal.SIGKILL, why, stacks)
+                rank.failure = replace(failure, is_consequence=is_waiting)
+                self._tell_failure(rank)
+        self._end_ranks()
+
+    def _end_ranks(self) -> None:
+        self._signal_all(signal.SIGKILL)
+        for rank in self._ranks:
+            rank.was_ended = rank.was_ended or rank.ended is None
+
+    def _watch(self, source: int | socket.socket, react: Callable[[], None]) -> None:
+        if isinstance(source, int):
+            os.set_blocking(source, False)
+        self._selector.register(source, selectors.EVENT_READ, react)
+
+    def _handle_events(self, timeout_s: float | None) -> None:
+        for key, _ in self._selector.select(timeout_s):
+            key.data()
+
+    def _all_ended(self) -> bool:
+        return all(rank.ended is not None for rank in self._ranks)
+
+    def _some_failed(self) -> bool:
+        return any(_failed(rank) for rank in self._ranks)
+
+    def _tell_failure(self, rank: Rank) -> None:
+        """Called as soon as a rank has failed; for those who have to know at once."""
+
     def _start(self, job: Job, restart_count: int) -> None:
         with rendezvous.listen() as listener:  # held from here on: no other process can take the port
-            port = listener.getsockname()[1]
+            self._start_ranks(job, restart_count, listener.getsockname()[1], listener)
+
+    def _start_ranks(self, job: Job, restart_count: int, port: int, listener: socket.socket | None) -> None:
+        """Have the node process start the ranks; given a listener, it serves their store there."""
+        if listener is not None:
             socket.send_fds(self._control, [b'{"do": "listen"}\n'], [listener.fileno()])
-        orders = [vars(rank.order) | {"env": self._rank_env(rank.rank, port, restart_count)} for rank in self._ranks]
+        orders = [
+            vars(rank.order) | {"env": self._rank_env(index, port, restart_count)}
+            for index, rank in enumerate(self._ranks)
+        ]
         self._send(do="start", job=job.to_json(), ranks=orders)
 
     def _outcome(self) -> Outcome:
@@ -214,36 +322,55 @@ class Node:
             raise LaunchFailed(self._problem)
         if self._lost:
             status = self._process.wait(_END_S)
+            how = f"SIGKILL, {RAN_OUT}," if status == -signal.SIGKILL and self._memory.ran_out() else explain(status)
             raise LaunchFailed(
-                f"the process that starts the ranks (pid {self._process.pid}) ended with {explain(status)} before "
+                f"the process that starts the ranks (pid {self._process.pid}) ended with {how} before "
                 "they did; they were ended with it. Run it again to continue."
             )
-        failures = order_by_cause([self._failure_of(rank) for rank in self._ranks if _failed(rank)])
+        failures = order_by_cause(self._failures())
         interrupted = self._requested == "SIGINT"
         if failures:
             if self._requested is not None and _died_of(failures[0], self._requested):
                 failures = ()  # a plain script, which ends by the signal as it would without us
             code = EXIT_USER if failures and failures[0].is_users_input else EXIT_FAILED
             return Outcome(EXIT_INTERRUPTED if interrupted else code, failures, stopped_by=self._requested)
-        if any(rank.ended == EXIT_STOPPED for rank in self._ranks):
+        if self._some_stopped():
             code = EXIT_INTERRUPTED if interrupted else EXIT_STOPPED
             return Outcome(code, stopped_by=self._requested, is_saved=True)
-        return Outcome(EXIT_DONE, (), tuple(rank.result for rank in self._ranks), self._requested)
+        return Outcome(EXIT_DONE, (), self._results(), self._requested)
 
-    def _failure_of(self, rank: _Rank) -> Failure:
-        assert rank.ended is not None  # all have
-        if rank.failure is not None:
-            return rank.failure
-        how = _ENDED_BY_US if rank.was_ended else explain(rank.ended)
-        return Failure(rank.rank, socket.gethostname(), rank.when, rank.ended, message=how)
+    def _failures(self) -> list[Failure]:
+        return [self._failure_of(rank) for rank in self._ranks if _failed(rank)]
 
-    def _rank_env(self, rank: int, port: int, restart_count: int) -> dict[str, str]:
+    def _some_stopped(self) -> bool:
+        return any(rank.ended == EXIT_STOPPED for rank in self._ranks)
+
+    def _results(self) -> tuple[str, ...]:
+        return tuple(rank.result for rank in self._ranks)
+
+    def _failure_of(self, rank: Rank) -> Failure:
+        failure = rank.failure
+        if failure is None:
+            assert rank.ended is not None  # or there would be no failure to tell of
+            if rank.was_ended:
+                return self._failure(rank, rank.ended, ENDED_BY_US)
+            failure = self._failure(rank, rank.ended, explain(rank.ended))
+        if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
+            failure = replace(failure, last_lines=self._output.unseen(rank.rank))
+        return failure if rank.was_ended else judge(failure, rank.memory)
+
+    def _failure(self, rank: Rank, exit_code: int, message: str, traceback: str = "") -> Failure:
+        when = rank.when or time.monotonic()
+        return Failure(rank.rank, socket.gethostname(), when, exit_code, message=message, traceback=traceback)
+
+    def _rank_env(self, index: int, port: int, restart_count: int) -> dict[str, str]:
+        place = self._place
         one = World(
-            rank=rank,
-            world_size=self._nproc,
-            local_rank=rank,
-            local_world_size=self._nproc,
-            master_addr="127.0.0.1",
+            rank=place.first + index,
+            world_size=place.world_size,
+            local_rank=place.first_local + index,
+            local_world_size=place.local_world_size,
+            master_addr=place.master_addr,
             master_port=port,
             agent_store=True,
             restart_count=restart_count,
@@ -256,12 +383,15 @@ class Node:
             number = self._requests.pop(0)
             again_s = time.monotonic() - self._requested_at
             # A cluster manager may send SIGTERM twice at once; a person, or a script, that asks again means it.
-            self.ends_now = self._requested is not None and (number == signal.SIGINT or again_s > _SAME_REQUEST_S)
+            insists = number in self.insistent and (number == signal.SIGINT or again_s > _SAME_REQUEST_S)
+            self.ends_now = self._requested is not None and insists
             if self.ends_now:
                 self._requested = signal.Signals(number).name
                 return
             if self._requested is None:
                 self._requested, self._requested_at = signal.Signals(number).name, time.monotonic()
+                if self.time_left is not None:  # it may take long: not in the loop
+                    threading.Thread(target=self._find_end, args=(self._requested,), daemon=True).start()
             self._signal_all(number)
 
     def _hear(self) -> None:
@@ -281,10 +411,13 @@ class Node:
         elif "ended" in message:
             rank = self._ranks[message["ended"]]
             rank.ended, rank.when = message["status"], message["when"]
+            rank.memory = Memory(**message["memory"]) if message["memory"] else None
+            if _failed(rank):
+                self._tell_failure(rank)
         elif "problem" in message:
             self._problem, self._lost = message["problem"], True
 
-    def _read(self, rank: _Rank, name: str, output: Output) -> None:
+    def _read(self, rank: Rank, name: str) -> None:
         # Once, not until there is nothing: one that never stops writing must not hold up signals and failures.
         try:
             data = os.read(rank.readers[name], _PIECE)
@@ -294,18 +427,21 @@ class Node:
             with contextlib.suppress(KeyError):
                 self._selector.unregister(rank.readers[name])
         elif name == "report":
-            self._take_report(rank, data, output)
+            self._take_report(rank, data)
+        elif name == "stacks":
+            rank.stacks += data
         else:
-            output.write(rank.rank, name, data)
+            self._output.write(rank.rank, name, data)
 
-    def _take_report(self, rank: _Rank, data: bytes, output: Output) -> None:
+    def _take_report(self, rank: Rank, data: bytes) -> None:
         for message in map(json.loads, rank.report.feed(data)):
             if "failure" in message:
                 rank.failure = Failure.from_json(message["failure"])
                 # Not printed by the rank: the console shows the report, with the traceback once.
-                output.log(rank.rank, rank.failure.traceback.encode())
+                self._output.log(rank.rank, rank.failure.traceback.encode())
+                self._tell_failure(rank)
             else:
-                rank.result = cloudpickle.loads(base64.b64decode(message["result"]))
+                rank.result = message["result"]
 
     def _signal_all(self, number: int) -> None:
         alive = [place for place, rank in enumerate(self._ranks) if rank.ended is None]
@@ -316,14 +452,31 @@ class Node:
         self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
+def signal_number(name: str) -> signal.Signals:
+    """The signal called ``name``, without SIG."""
+    return signal.Signals[f"SIG{name}"]
+
+
 @contextlib.contextmanager
-def passing_on_signals(node: Node) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on to the ranks for as long as the context lasts; for command lines."""
+def holding_back(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Let signals wait until the end of the context. What is started meanwhile never gets them, unless it asks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def passing_on_signals(node: Node, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Iterator[None]:
+    """Pass stop signals on to the ranks for as long as the context lasts; for command lines."""
     # Also where SIGINT was ignored on start (a script's background job): then it stays so.
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in STOP_SIGNALS:
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in signals:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, lambda received, _frame: node.request(received))
+        if getattr(before[number], "received", False):  # while there was nobody to pass it on to, and it got lost
+            node.request(number)
     try:
         yield
     finally:
@@ -332,54 +485,7 @@ def passing_on_signals(node: Node) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if node.ends_now else handler)
 
 
-def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
-    """The cause first: the earliest failure that is not what a rank sees when another one has gone."""
-    return tuple(sorted(failures, key=lambda failure: (_is_consequence(failure), failure.when)))
-
-
-_ENDED_BY_US = "ended by the launcher, as it did not end by itself"
-_CONSEQUENCES = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Socket closed",
-    "Timed out waiting",
-    "NCCL error",
-    "ncclRemoteError",
-    "gloo",
-)
-
-
-def _is_consequence(failure: Failure) -> bool:
-    if failure.message == _ENDED_BY_US or failure.kind in (
-        "RankFailed",
-        "DistBackendError",
-        "DistNetworkError",
-        "DistStoreError",
-    ):
-        return True
-    return failure.kind == "RuntimeError" and any(sign in failure.message for sign in _CONSEQUENCES)
-
-
-def explain(status: int) -> str:
-    """An exit status in words; negative ones are signals."""
-    if status >= 0:
-        return f"exit code {status}"
-    if -status not in set(signal.Signals):  # a real-time one
-        return f"signal {-status}"
-    name = signal.Signals(-status).name
-    meaning = {
-        "SIGKILL": "killed from outside: by an administrator, another process, or the kernel when memory ran out",
-        "SIGSEGV": "a crash in native code",
-        "SIGABRT": "native code gave up",
-        "SIGBUS": "a memory access that failed; often /dev/shm or a mapped file's disk is full",
-        "SIGILL": "an instruction that this processor does not have",
-        "SIGFPE": "an arithmetic error in native code",
-    }.get(name)
-    return f"{name} ({meaning})" if meaning else name
-
-
-def _failed(rank: _Rank) -> bool:
+def _failed(rank: Rank) -> bool:
     return rank.failure is not None or rank.ended not in (None, EXIT_DONE, EXIT_STOPPED)
 
 
@@ -387,7 +493,7 @@ def _died_of(failure: Failure, name: str) -> bool:
     return failure.exit_code == -getattr(signal, name) or (name == "SIGINT" and failure.kind == "KeyboardInterrupt")
 
 
-def _with_pipes(rank: int) -> _Rank:
-    pipes = {name: os.pipe() for name in ("stdout", "stderr", "report")}
+def _with_pipes(rank: int) -> Rank:
+    pipes = {name: os.pipe() for name in RankOrder.PIPES}
     writers = {name: pipe[1] for name, pipe in pipes.items()}
-    return _Rank(rank, RankOrder(rank, {}, **writers), {name: pipe[0] for name, pipe in pipes.items()})
+    return Rank(rank, RankOrder(rank, {}, **writers), {name: pipe[0] for name, pipe in pipes.items()})

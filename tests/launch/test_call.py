@@ -20,10 +20,20 @@ class OwnError(Exception):
 
 
 class Awkward(Exception):
-    """Pickles, and cannot be unpickled: its ``__init__`` wants two arguments, and args holds one."""
+    """Pickles, and cannot be unpickled as usual: its ``__init__`` wants other arguments than ``args`` holds."""
 
-    def __init__(self, code: int, text: str) -> None:
+    def __init__(self, code: int, *, text: str) -> None:
         super().__init__(f"{code}: {text}")
+        self.code = code
+
+
+class Homesick(Exception):
+    """Exists on ranks only."""
+
+    def __new__(cls, *args: Any) -> Homesick:
+        if "RANK" not in os.environ:
+            raise RuntimeError("not here")
+        return super().__new__(cls, *args)
 
 
 def _rank() -> int:
@@ -36,7 +46,15 @@ def _fail(kind: str) -> Any:
     if kind == "own":
         raise OwnError("of rank 1", 7)
     if kind == "awkward":
-        raise Awkward(3, "of rank 1")
+        raise Awkward(3, text="of rank 1")
+    if kind == "homesick":
+        raise Homesick("of rank 1")
+    if kind == "group" and sys.version_info >= (3, 11):
+        raise ExceptionGroup("several", [OwnError("one"), Awkward(4, text="two")])  # noqa: F821 - it is there by now
+    if kind == "interrupt":
+        raise KeyboardInterrupt
+    if kind == "text":
+        sys.exit("words at the end")
     if kind == "unpicklable":
         error = OwnError("holds a lock")
         error.lock = threading.Lock()  # type: ignore[attr-defined]  # the point of it
@@ -80,8 +98,12 @@ def test_large_arguments_and_a_thread_as_the_caller(capsys: pytest.CaptureFixtur
     ("kind", "raised", "words"),
     [
         ("own", OwnError, "OwnError: ('of rank 1', 7)"),
-        ("awkward", RankError, "Awkward: 3: of rank 1"),
-        ("unpicklable", RankError, "OwnError: holds a lock"),
+        ("awkward", Awkward, "Awkward: 3: of rank 1"),
+        ("unpicklable", OwnError, "OwnError: holds a lock"),
+        ("homesick", RankError, "Homesick: of rank 1"),
+        # Nobody has pressed Ctrl-C here, and nobody here wants to leave.
+        ("interrupt", RankError, "KeyboardInterrupt"),
+        ("text", RankError, "words at the end"),
         ("result", TypeError, "cannot pickle"),
         ("exit", RankError, "exit code 5"),
         ("kill", RankError, "exit code 6"),
@@ -96,6 +118,15 @@ def test_failures_keep_their_type_where_they_can(kind: str, raised: type[Excepti
     if kind == "own":
         assert caught.value.args == ("of rank 1", 7)
         assert str(report).count("Traceback (most recent call last)") == 1 and "_fail" in str(report)
+    if isinstance(caught.value, Awkward):
+        assert (caught.value.code, str(caught.value)) == (3, "3: of rank 1")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="groups of exceptions came with Python 3.11")
+def test_a_group_of_exceptions_keeps_its_types() -> None:
+    with pytest.raises(Exception, match="several") as caught:
+        launch.local(_fail, "group", nproc_per_node=2, start_method="spawn")
+    assert [type(each) for each in caught.value.exceptions] == [OwnError, Awkward]  # type: ignore[attr-defined]  # as above
 
 
 NOTEBOOK = """

@@ -69,6 +69,11 @@ def test_the_report_names_rank_host_and_cause(shell: Shell, way: str, words: str
     assert "kept/logs/attempt-0/rank-1.log" in done.stderr
     kept = json.loads((shell.cwd / "kept/failure.json").read_text())
     assert (kept["rank"], kept["host"], kept["attempt"]) == (1, HOST, 0)
+    if way in ("exit-code", "os-exit", "sigkill", "sigsegv"):  # nothing else says why
+        assert done.stderr.count("\n  | before the end\n") == 1 and "before the end" in kept["last_lines"]
+    if way == "sigsegv":
+        assert 'ctypes/__init__.py", line ' in done.stderr and 'ways.py", line ' in done.stderr
+        assert "launch/rank.py" not in done.stderr
     if way in ("exception", "sigkill"):
         assert "then rank 0: ended by the launcher" in done.stderr
     attempt = json.loads((shell.cwd / "kept/attempts/attempt-0.json").read_text())
@@ -120,37 +125,69 @@ def test_the_cause_and_not_its_consequence_in_a_collective(shell: Shell, code: s
     assert {other["rank"] for other in others} == {0, 1}
 
 
-def _first_of_four(shell: Shell) -> Any:
-    # The ranks themselves agree on a moment: they leave a file each, and look for the last one.
-    shell.script(
-        "soon.py",
-        "import os, time\n"
-        "rank = os.environ['RANK']\n"
-        "open(f'here-{rank}', 'w').close()\n"
-        "while not all(os.path.exists(f'here-{other}') for other in range(4)): time.sleep(0.001)\n"
-        "if rank != '3':\n"
-        "    while not os.path.exists('raising'): time.sleep(0.001)\n"
-        "    time.sleep(0.05)\n"
-        "else:\n"
-        "    open('raising', 'w').close()\n"
-        "raise RuntimeError(f'of rank {rank}')\n",
-    )
-    for name in [*(f"here-{rank}" for rank in range(4)), "raising"]:
-        (shell.cwd / name).unlink(missing_ok=True)
-    done = shell.run("launch", *SPAWN, "--nproc-per-node", "4", "--run-dir", "kept", "soon.py")
+# Rank 3 fails, and the others 50 ms later. They agree on the moment by files that they leave and look for.
+SOON = """
+import ctypes, os, signal, sys, time
+rank, way = os.environ["RANK"], sys.argv[1]
+if way == "gloo":
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo")
+open(f"here-{rank}", "w").close()
+while not all(os.path.exists(f"here-{other}") for other in range(4)): time.sleep(0.001)
+if rank == "3":
+    open("raising", "w").close()
+    if way == "abort": ctypes.CDLL(None).abort()
+    if way == "exit": sys.exit(3)
+    if way == "kill": os.kill(os.getpid(), 9)
+    if way == "os-exit": os._exit(3)
+elif way == "gloo":
+    dist.all_reduce(torch.ones(1))
+else:
+    while not os.path.exists("raising"): time.sleep(0.001)
+    time.sleep(0.05)
+raise RuntimeError(f"of rank {rank}")
+"""
+FIRST_OF_FOUR = {
+    "raise": "of rank 3",
+    "gloo": "of rank 3",
+    "abort": "SIGABRT (native code gave up)",
+    "exit": "exit code 3",
+    "kill": "SIGKILL (killed from outside",
+    "os-exit": "exit code 3",
+}
+
+
+def _first_of_four(shell: Shell, way: str, options: tuple[str, ...]) -> Any:
+    shell.script("soon.py", SOON)
+    for path in (*shell.cwd.glob("here-*"), *shell.cwd.glob("raising")):
+        path.unlink()
+    done = shell.run("launch", *options, "--nproc-per-node", "4", "--run-dir", "kept", "soon.py", way)
     assert done.returncode == 1
-    return json.loads((shell.cwd / "kept/failure.json").read_text())
+    kept = json.loads((shell.cwd / "kept/failure.json").read_text())
+    assert kept["message"].startswith(FIRST_OF_FOUR[way]), kept
+    assert done.stderr.count("Traceback (most recent call last)") == (way in ("raise", "gloo"))
+    assert "gloo/transport" not in done.stderr  # what the others have to say of it is short
+    return kept["rank"]
 
 
 def test_the_first_of_several_failures_is_named(shell: Shell) -> None:
-    for _ in range(3):
-        kept = _first_of_four(shell)
-        assert (kept["rank"], kept["message"]) == (3, "of rank 3")
+    assert [_first_of_four(shell, way, SPAWN) for way in ("raise", "exit", "abort")] == [3] * 3
 
 
 @pytest.mark.slow
-def test_the_first_of_several_failures_is_named_each_time(shell: Shell) -> None:
-    assert [_first_of_four(shell)["rank"] for _ in range(12)] == [3] * 12
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        (SPAWN, ("raise", "abort", "exit", "kill", "os-exit", "raise") * 2),
+        ((), ("raise", "gloo", "abort", "exit", "kill", "os-exit")),
+        (("--launcher", "torchrun"), ("raise", "gloo", "abort", "exit", "kill", "os-exit")),
+    ],
+    ids=["spawn", "warm", "torchrun"],
+)
+def test_the_first_of_several_failures_is_named_each_time(
+    shell: Shell, options: tuple[str, ...], ways: tuple[str, ...]
+) -> None:
+    assert [_first_of_four(shell, way, options) for way in ways] == [3] * len(ways)
 
 
 ONCE = """

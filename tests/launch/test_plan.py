@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from ddpkit import config as configs
 from ddpkit.errors import UserError
 from launch import plan as plans
+from launch.attempts import report_failure
+from launch.causes import cause_of, explain, is_consequence_like, order_by_cause
 from launch.job import Failure, Job
 from launch.plan import Plan, visible_gpus
-from launch.supervise import explain, order_by_cause
 
 
 def _plan(*overrides: str, env: dict[str, str], gpus: int = 0, cores: int = 8, job: Job | None = None) -> Plan:
@@ -103,14 +105,50 @@ def test_visible_gpus(tmp_path: Path, chosen: str | None, count: int) -> None:
 
 
 def test_causes_come_before_consequences() -> None:
-    failures = [
+    told = [
         Failure(0, "h", 1.0, 1, "RuntimeError", "[gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]:1"),
         Failure(1, "h", 1.1, 1, "RankFailed", "rank 3 failed: ValueError: x"),
         Failure(2, "h", 1.3, 1, "RuntimeError", "of the user's own"),
         Failure(3, "h", 1.2, -9, message="SIGKILL"),
         Failure(4, "h", 1.0, 1, "DistBackendError", "NCCL error in ..."),
     ]
+    failures = [replace(each, is_consequence=is_consequence_like(each.kind, each.message)) for each in told]
     assert [failure.rank for failure in order_by_cause(failures)] == [3, 2, 0, 4, 1]
+
+
+def test_consequences_share_a_line() -> None:
+    pair = "[/src/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:{}. This is typically ..."
+    failures = (
+        Failure(70, "h", 1.0, -6, message=explain(-6), last_lines=("a word", "another")),
+        *(Failure(rank, "h", 1.1, 1, "RuntimeError", pair.format(rank), is_consequence=True) for rank in range(40)),
+        Failure(40, "h", 1.2, 1, "RankFailed", "rank 70 failed: this. And that", is_consequence=True),
+        Failure(41, "h", 1.3, 1, "ValueError", "of its own. With more\nlines"),
+        Failure(42, "h", 1.4, -6, message=explain(-6)),
+    )
+    assert report_failure(failures, None).splitlines() == [
+        "rank 70 on h failed: SIGABRT (native code gave up)",
+        "  its last words:",
+        "  | a word",
+        "  | another",
+        "  the same on rank(s) 42",
+        f"  then ranks {', '.join(map(str, range(16)))} and 24 more: RuntimeError: Connection closed by peer",
+        "  then rank 40: RankFailed: rank 70 failed: this",
+        "  then rank 41: ValueError: of its own. With more",
+        "run with --run-dir DIR to keep each rank's output",
+    ]
+
+
+def test_an_exception_around_a_consequence_is_one_too() -> None:
+    def wrapped() -> None:
+        try:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]:1")
+        except RuntimeError as error:
+            raise ValueError("the step failed") from error
+
+    with pytest.raises(ValueError) as caught:
+        wrapped()
+    assert cause_of(caught.value).is_consequence
+    assert not cause_of(ValueError("the step failed")).is_consequence
 
 
 def test_exit_statuses_in_words() -> None:

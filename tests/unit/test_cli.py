@@ -77,17 +77,25 @@ def test_help_needs_no_torch(shell: Shell) -> None:
 def test_dry_runs_say_what_would_be_done(shell: Shell) -> None:
     shell.config()
     shell.script("script.py", "raise SystemExit('it ran')")
-    run, launch, module, inline = _answers(
+    slurm = ("--launcher", "slurm", "-o", "launch.nproc_per_node=3", "--dry-run")
+    run, launch, module, inline, submitted, swept = _answers(
         shell,
         ("run", "config.yaml", "--dry-run", "-o", "launch.nproc_per_node=3", "-o", "optimizer.args.lr=1e-3"),
         ("launch", "--dry-run", "--nproc-per-node", "4", "script.py", "--dry-run"),
         ("launch", "--dry-run", "-m", "script", "-x"),
         ("run", "--launcher", "inline", "-o", "launch.nproc_per_node=1", "--dry-run", "config.yaml"),
+        ("launch", *slurm, "-o", "launch.slurm.partition=gpu", "script.py"),
+        ("run", *slurm, "config.yaml", "--sweep", "seed=[1, 2]"),
     )
     assert run[0] == 0 and "lr: 0.001\n" in run[1] and "ranks: 3\n" in run[1] and "job: run run\n" in run[1]
     assert launch[0] == 0 and "ranks: 4\n" in launch[1] and "job: script script.py\n" in launch[1]
     assert module[0] == 0 and "job: module script\n" in module[1]
     assert inline[0] == 0 and "launcher: inline\nranks: 1\n" in inline[1]
+    assert (
+        submitted[0] == 0 and "#SBATCH --partition=gpu\n" in submitted[1] and "job: script script.py\n" in submitted[1]
+    )
+    assert submitted[2] == "ddpkit: --run-dir was not given; it is runs/script-0\n"
+    assert swept[0] == 0 and "run 1: run/seed=2\n" in swept[1] and "#SBATCH --array=0-1%2\n" in swept[1]
 
 
 def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
@@ -110,6 +118,14 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
         (("launch", "-o", "seed=2", "script.py"), "seed"),
         (("launch", "-o", "nonsense", "script.py"), "nonsense"),
         (("launch", "--launcher", "inline", "script.py"), "launch.launcher: inline"),
+        (("launch", "--launcher", "slurm", "script.py"), "launch.nproc_per_node: auto cannot look at the nodes"),
+        (
+            ("run", "config.yaml", "--launcher", "slurm", "-o", "launch.slurm.partiton=x"),
+            "launch.slurm.partiton: unknown",
+        ),
+        (("run", "config.yaml", "--launcher", "slurm", "--sweep", "sede=[1]"), "sede: unknown key"),
+        (("doctor", "--launcher", "slurm"), "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"),
+        (("run", "config.yaml", "--sweep", "seed=[1]"), "--sweep: an array of runs is for --launcher slurm"),
         (("launch", "missing.py"), "there is no file missing.py in"),
         (("launch", "-m", "no_such_module"), "there is no module no_such_module"),
         (("launch", "-m"), "nothing to launch"),
@@ -130,7 +146,7 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
 
 def test_the_names_on_the_command_line_are_a_contract() -> None:
     expected = {
-        "run": "--accept-change --dry-run --help --launcher --tee --wait -h -o",
+        "run": "--accept-change --dry-run --help --launcher --sweep --tee --wait -h -o",
         "launch": "--dry-run --help --launcher --nnodes --nproc-per-node --run-dir --tee --wait -h -m -o",
         "eval": "--dry-run --help --launcher --step --tee --wait -h -o",
         "status": "--help --json -h",
@@ -169,9 +185,9 @@ def test_the_layers_import_one_way() -> None:
     for path in (ROOT / "launch").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) launch\b", text, re.MULTILINE), path
-        if path.name not in ("export.py",):
+        if path.name not in ("export.py", "meeting.py"):  # loaded late; by the agent alone
             assert not re.search(r"^(from|import) torch\b", text, re.MULTILINE), path
-    others = {"inline", "local"}
+    others = {"inline", "local", "torchrun", "slurm"}
     for name in others:
         text = (ROOT / f"launch/launchers/{name}.py").read_text()
         assert not any(re.search(rf"from \.{other}\b|import {other}\b", text) for other in others - {name})

@@ -634,7 +634,6 @@ def test_defaults_that_cannot_be_followed(write: Callable[..., str], defaults: s
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("launch.launcher=slurm", "launch.launcher: 'slurm' is not built yet; choose inline, local or torchrun"),
         ("model.parallel=fsdp2", "model.parallel: 'fsdp2' is not built yet; choose ddp"),
         ("model.ema_decay=0.9", "model.ema_decay: 0.9 is not built yet"),
         ("model.init_from={path: x.pt}", "model.init_from: this is not built yet"),
@@ -654,15 +653,13 @@ def test_what_is_built_is_not_refused(write: Callable[..., str]) -> None:
         "train.precision=fp16",
         "train.clip_grad_norm=1",
         "launch.max_restarts=2",
-        "launch.launcher=inline",
+        "launch.launcher=slurm",
     ]
     config = configs.load(write(FULL), overrides)
     assert configs.unsupported(config) == []
     tree: Any = configs.to_tree(config)
-    tree["launch"]["launcher"] = "slurm"
-    assert configs.unsupported(configs.from_tree(tree)) == [
-        "launch.launcher: 'slurm' is not built yet; choose inline, local or torchrun"
-    ]
+    tree["model"]["parallel"] = "fsdp2"
+    assert configs.unsupported(configs.from_tree(tree)) == ["model.parallel: 'fsdp2' is not built yet; choose ddp"]
 
 
 def test_differences_name_the_leaves_that_may_not_change(write: Callable[..., str]) -> None:

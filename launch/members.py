@@ -1,0 +1,350 @@
+"""Watch over ranks on several nodes: each node's launcher watches its own, one leads, the others follow.
+
+The leader is a `Node` for which the others' ranks count like its own; so a group on many nodes starts, fails, stops
+and restarts by the same rules, and is reported once, as a group on one.
+"""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from ddpkit import rendezvous
+from ddpkit.errors import EXIT_STOPPED, UserError
+
+from .hub import Peer
+from .job import Failure, Job
+from .output import Output
+from .supervise import LaunchFailed, Node, Outcome, Place, Rank
+
+_GATHER_S = 600.0  # for the launchers of all nodes to come: prologs and slow file systems hold some up
+_PART_S = 5.0  # for the followers to end their node processes
+
+
+@dataclass(frozen=True)
+class Membership:
+    """One launcher among those of a job.
+
+    Attributes:
+        place: which one, counted from zero, the leader.
+        count: how many there are.
+        meeting: a name that they have in common, and no others.
+        token: shows that they have the same plan.
+        gpus: that its ranks can see; None where they use none.
+    """
+
+    place: int
+    count: int
+    meeting: str
+    token: str
+    gpus: int | None
+
+
+@dataclass
+class _Follower:
+    host: str
+    gpus: int | None
+    ranks: range
+    peer: Peer
+    ended: bool = False
+    lost: bool = False
+    failures: dict[int, Failure] = field(default_factory=dict)
+    codes: list[int] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Forget the attempt before."""
+        self.ended, self.failures, self.codes, self.results = False, {}, [], []
+
+
+class LeadingNode(Node):
+    """The launcher with rank zero. Its followers connect while its own node process starts.
+
+    Args:
+        nproc: ranks to start here.
+        start_method: "warm" or "spawn".
+        env: variables for every rank besides those that say who it is.
+        place: where these ranks lie among all.
+        me: this launcher among the others.
+        listener: where followers come to; None if there are none.
+    """
+
+    def __init__(
+        self,
+        nproc: int,
+        start_method: str,
+        env: Mapping[str, str],
+        place: Place,
+        me: Membership,
+        listener: socket.socket | None,
+    ) -> None:
+        super().__init__(nproc, start_method, env, place)
+        self._me = me
+        self._listener = listener
+        self._followers: dict[int, _Follower] = {}
+
+    def __enter__(self) -> LeadingNode:
+        super().__enter__()
+        if self._listener is not None:
+            self._watch(self._listener, self._welcome)
+        return self
+
+    def finish(self) -> None:
+        """Let the followers go, and wait until they have gone: the end of this task ends the job."""
+        deadline = time.monotonic() + _PART_S
+        for follower in self._followers.values():
+            follower.peer.send(do="finish")
+        for follower in self._followers.values():
+            while not follower.lost and (left_s := deadline - time.monotonic()) > 0:
+                follower.peer.connection.settimeout(left_s)
+                follower.lost = follower.peer.receive() is None
+
+    # -- meeting ---------------------------------------------------------------------------------------------------
+
+    def _welcome(self) -> None:
+        assert self._listener is not None  # it is watched
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return  # it has gone again
+        peer = Peer(connection)
+        self._watch(connection, partial(self._hear_stranger, peer))
+
+    def _hear_stranger(self, peer: Peer) -> None:
+        for message in self._messages(peer) or []:
+            if message.get("token") != self._me.token or message.get("place") in self._followers:
+                self._forget(peer)
+                return
+            follower = _Follower(message["host"], message["gpus"], range(*message["ranks"]), peer)
+            self._followers[message["place"]] = follower
+            self._selector.modify(peer.connection, selectors.EVENT_READ, partial(self._hear_follower, follower))
+
+    def _messages(self, peer: Peer) -> list[dict[str, Any]] | None:
+        messages = peer.receive()
+        if messages is None:
+            self._forget(peer)
+        return messages
+
+    def _forget(self, peer: Peer) -> None:
+        self._selector.unregister(peer.connection)
+        peer.close()
+
+    def _gather(self) -> None:
+        """Wait for all followers; a stop that is asked for meanwhile ends it: nothing has begun."""
+        deadline = time.monotonic() + _GATHER_S
+        while len(self._followers) < self._me.count - 1 and not self._lost:
+            self._handle_events(1.0)
+            if self._requested is not None:
+                self.ends_now = True
+                return
+            if time.monotonic() > deadline:
+                missing = [place for place in range(1, self._me.count) if place not in self._followers]
+                raise LaunchFailed(
+                    f"{len(missing)} of {self._me.count} tasks have not come within {_GATHER_S:g} s: "
+                    f"{', '.join(map(str, missing))}. They have not started (a prolog, a file system that is slow), or "
+                    "cannot reach this one; `srun ddpkit doctor` on these nodes says which."
+                )
+        self._check_gpus()
+
+    def _check_gpus(self) -> None:
+        if self._me.gpus is None:
+            return
+        found = {socket.gethostname(): self._me.gpus} | {each.host: each.gpus for each in self._followers.values()}
+        if len({self._me.gpus, *(each.gpus for each in self._followers.values())}) > 1:
+            raise UserError(
+                "the nodes of this job have different numbers of GPUs: "
+                + ", ".join(f"{host} {gpus}" for host, gpus in found.items())
+                + ". Every node needs the same number of ranks, one for each GPU; ask for nodes of one kind "
+                "(launch.slurm: constraint, gres or gpus_per_node)."
+            )
+
+    # -- one attempt -----------------------------------------------------------------------------------------------
+
+    def _start(self, job: Job, restart_count: int) -> None:
+        if len(self._followers) < self._me.count - 1:
+            self._gather()
+        if self.ends_now or self._lost:
+            return
+        if lost := [follower.host for follower in self._followers.values() if follower.lost]:
+            raise LaunchFailed(f"{', '.join(lost)} cannot be reached any more: nothing can be started there")
+        ports = rendezvous.candidates(f"{self._me.meeting} store {restart_count}")
+        with rendezvous.listen_on_any(self._place.master_addr, ports) as listener:
+            port = listener.getsockname()[1]
+            for follower in self._followers.values():
+                follower.begin()
+                follower.peer.send(do="start", attempt=job.options["attempt"], restart_count=restart_count, port=port)
+            self._start_ranks(job, restart_count, port, listener)
+
+    def _hear_follower(self, follower: _Follower) -> None:
+        messages = self._messages(follower.peer)
+        if messages is None:
+            follower.lost = True
+            if not follower.ended:
+                self._lose(follower)
+            return
+        for message in messages:
+            if "failed" in message:
+                self._take_failure(follower, message["failed"], message["age_s"])
+            elif "ended" in message:
+                for tree, age_s in message["ended"]:
+                    self._take_failure(follower, tree, age_s)
+                follower.codes, follower.results = message["codes"], message["results"]
+                follower.ended = True
+            elif "requested" in message:
+                self.request(message["requested"])
+
+    def _take_failure(self, follower: _Follower, tree: dict[str, Any], age_s: float) -> None:
+        # By its age: clocks of several machines have nothing in common but the length of a second.
+        failure = replace(Failure.from_json(tree), when=time.monotonic() - age_s)
+        if (known := follower.failures.get(failure.rank)) is not None:  # by now more may be known of it, but no sooner
+            failure = replace(failure, when=known.when)
+        follower.failures[failure.rank] = failure
+
+    def _lose(self, follower: _Follower) -> None:
+        first, last = follower.ranks[0], follower.ranks[-1]
+        ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+        follower.failures.setdefault(
+            first,
+            Failure(
+                first,
+                follower.host,
+                time.monotonic(),
+                1,
+                message=f"its node, with {ranks}, cannot be reached any more: it is down, or cut off, or its launcher "
+                "was killed there",
+            ),
+        )
+        follower.ended = True
+
+    def _outcome(self) -> Outcome:
+        has_lost_node = any(follower.lost for follower in self._followers.values())
+        return replace(super()._outcome(), has_lost_node=has_lost_node)
+
+    def _all_ended(self) -> bool:
+        return super()._all_ended() and all(follower.ended for follower in self._followers.values())
+
+    def _some_failed(self) -> bool:
+        return super()._some_failed() or any(follower.failures for follower in self._followers.values())
+
+    def _failures(self) -> list[Failure]:
+        theirs = [failure for follower in self._followers.values() for failure in follower.failures.values()]
+        return [*super()._failures(), *theirs]
+
+    def _some_stopped(self) -> bool:
+        return super()._some_stopped() or any(EXIT_STOPPED in each.codes for each in self._followers.values())
+
+    def _results(self) -> tuple[str, ...]:
+        by_rank = sorted(self._followers.values(), key=lambda follower: follower.ranks.start)
+        return (*super()._results(), *(result for follower in by_rank for result in follower.results))
+
+    def _signal_all(self, number: int) -> None:
+        super()._signal_all(number)
+        for follower in self._followers.values():
+            if not follower.ended:
+                follower.peer.send(do="signal", number=int(number))
+
+    def give_up(self, why: str) -> None:
+        """End the ranks of all nodes that have not ended by themselves, as `Node.give_up` does."""
+        super().give_up(why)
+        for follower in self._followers.values():
+            if not follower.ended:
+                follower.peer.send(do="give_up", why=why)
+
+
+class FollowingNode(Node):
+    """The launcher of another node; does what the leader says.
+
+    Args:
+        nproc: ranks to start here.
+        start_method: "warm" or "spawn".
+        env: variables for every rank besides those that say who it is.
+        place: where these ranks lie among all.
+        me: this launcher among the others.
+    """
+
+    def __init__(self, nproc: int, start_method: str, env: Mapping[str, str], place: Place, me: Membership) -> None:
+        super().__init__(nproc, start_method, env, place)
+        self.insistent = frozenset()  # the leader knows what a signal means
+        self._me = me
+        self._orders: list[dict[str, Any]] = []
+        self._port = 0
+        self._peer: Peer
+
+    def __enter__(self) -> FollowingNode:
+        super().__enter__()
+        address = self._place.master_addr
+        port = rendezvous.find(address, self._me.meeting, _GATHER_S)
+        self._peer = Peer(socket.create_connection((address, port), timeout=_GATHER_S))
+        self._watch(self._peer.connection, self._hear_leader)
+        first = self._place.first
+        self._peer.send(
+            token=self._me.token,
+            place=self._me.place,
+            host=socket.gethostname(),
+            gpus=self._me.gpus,
+            ranks=[first, first + self._nproc],
+        )
+        return self
+
+    def await_order(self) -> dict[str, Any]:
+        """Wait for the leader to start an attempt, or to end all.
+
+        Raises:
+            LaunchFailed: the leader is gone.
+        """
+        while not self._orders:
+            if self._lost:
+                self._outcome()  # raises, with what happened
+            self._handle_events(1.0)
+        return self._orders.pop(0)
+
+    def attempt(self, job: Job, order: dict[str, Any], output: Output) -> None:
+        """Run this node's ranks once, and tell the leader how they ended."""
+        self._port = order["port"]
+        self.run(job, order["restart_count"], output)
+        now = time.monotonic()
+        self._peer.send(
+            ended=[(failure.to_json(), now - failure.when) for failure in self._failures()],
+            codes=[rank.ended for rank in self._ranks],
+            results=list(self._results()),
+        )
+
+    def _start(self, job: Job, restart_count: int) -> None:
+        self._start_ranks(job, restart_count, self._port, None)
+
+    def _hear_leader(self) -> None:
+        messages = self._peer.receive()
+        if messages is None:
+            self._selector.unregister(self._peer.connection)
+            self._problem = (
+                f"rank 0's launcher at {self._place.master_addr} cannot be reached any more; the ranks on "
+                f"{socket.gethostname()} were ended with it"
+            )
+            self._lost = True
+            return
+        for message in messages:
+            if message["do"] == "signal":
+                if message["number"] == signal.SIGKILL:
+                    self._end_ranks()
+                else:
+                    self._signal_all(message["number"])
+            elif message["do"] == "give_up":
+                self.give_up(message["why"])
+            else:
+                self._orders.append(message)
+
+    def _tell_failure(self, rank: Rank) -> None:
+        failure = self._failure_of(rank)
+        self._peer.send(failed=failure.to_json(), age_s=time.monotonic() - failure.when)
+
+    def _pass_on(self) -> None:
+        requests = list(self._requests)
+        super()._pass_on()
+        for number in requests:
+            self._peer.send(requested=int(number))
