@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -33,6 +34,7 @@ _FRAMES = 20  # of a stack, the innermost ones
 # With the separator: the user's own folder may begin with the same letters.
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
 # Where Python calls into collectives, or into what waits for them: the backward pass does, under DDP and FSDP.
 _COLLECTIVE = tuple(_TORCH + path for path in ("distributed" + os.sep, "nn/parallel" + os.sep, "autograd" + os.sep))
 _EXEMPT = ("main_first", "restoring", "saving")  # where one rank works while the others wait, for as long as it takes
@@ -76,15 +78,15 @@ class Verdict:
 # ---------------------------------------------------------------------- one rank
 
 
-def place(heartbeat: Heartbeat, still_s: float) -> Answer:
-    """Where this process's main thread is; for another thread to ask."""
+def place(heartbeat: Heartbeat) -> Answer:
+    """Where this process's main thread is; for another thread to ask, which adds for how long."""
     main = threading.main_thread()
     frame = sys._current_frames().get(main.ident) if main.ident is not None else None
     if frame is None:
-        return Answer(heartbeat.phase, heartbeat.step, None, still_s, collectives(), "its end")
+        return Answer(heartbeat.phase, heartbeat.step, None, 0.0, collectives(), "its end")
     innermost = frame.f_code.co_filename
     stack = traceback.extract_stack(frame)
-    users = [each for each in stack if not each.filename.startswith((_TORCH, _OURS, "<"))]
+    users = [each for each in stack if _is_users(each.filename)]
     at = users[-1] if users else stack[-1]
     waits_for = heartbeat.waits_for
     if waits_for is None and innermost.startswith(_COLLECTIVE) and not _is_busy(main):
@@ -93,11 +95,16 @@ def place(heartbeat: Heartbeat, still_s: float) -> Answer:
         phase=heartbeat.phase,
         step=heartbeat.step,
         waits_for=waits_for,
-        still_s=still_s,
+        still_s=0.0,
         collectives=collectives(),
         at=f"{at.filename}:{at.lineno} in {at.name}: {at.line}",
         stack=[line.rstrip("\n") for line in traceback.format_list(stack[-_FRAMES:])],
     )
+
+
+def _is_users(file: str) -> bool:
+    is_library = file.startswith((_TORCH, _OURS, "<"))
+    return not is_library and (not file.startswith(_PYTHON) or "site-packages" in file)
 
 
 def collectives() -> int:

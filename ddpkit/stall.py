@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
@@ -74,7 +75,7 @@ class StallWatch:
         with contextlib.suppress(dist.DistError):  # the store has gone: the run is over, one way or another
             while not self._leaving.wait(_LOOK_S):
                 still_s = self._still_s()
-                self._answer(store, still_s)
+                self._answer(store)
                 if store.check([_STALLED]):
                     self._follow(store)
                 elif still_s >= self._patience_s and (verdict := self._call_roll(store, still_s)) is not None:
@@ -90,10 +91,13 @@ class StallWatch:
         self._looked_at = now
         return now - self._done_at
 
-    def _answer(self, store: Store, still_s: float) -> None:
+    def _answer(self, store: Store) -> None:
         newest = rollcall.asked(store)
         if newest > self._answered:
-            place = rollcall.place(self._heartbeat, still_s)
+            place = rollcall.place(self._heartbeat)
+            # Afterwards: what the main thread has begun just now must not look as old as what it was at before.
+            still_s = self._still_s()
+            place = replace(place, still_s=still_s)
             for call in range(self._answered + 1, newest + 1):
                 rollcall.answer(store, call, self._world.rank, place)
             self._answered = newest
@@ -102,13 +106,13 @@ class StallWatch:
 
     def _call_roll(self, store: Store, still_s: float) -> Verdict | None:
         """What the others say; None if it is not for this rank to ask."""
-        is_waiting = rollcall.place(self._heartbeat, still_s).waits_for is not None
+        is_waiting = rollcall.place(self._heartbeat).waits_for is not None
         # Rank zero also where it does not wait: somebody is to say so when no rank gets anything done. But later: if
         # others wait for it, they are to ask.
         if not is_waiting and not (self._world.is_main and still_s >= _LATER * self._patience_s):
             return None
         call, is_own = rollcall.ask(store, self._world.rank)
-        self._answer(store, still_s)
+        self._answer(store)
         if not is_own:
             return None
         answers = rollcall.gather(store, call, self._world.world_size)
