@@ -194,8 +194,8 @@ class ElasticNode(Node):
             told.hosts[first // self._nproc],
             when=0.0,
             exit_code=EXIT_FAILED,
-            message=f"nothing has been heard of {ranks}, and the others have lost their connection: that machine is down, "
-            "or cut off, or its launcher was killed there",
+            message=f"nothing has been heard of {ranks}, and the others have lost their connection: that machine is "
+            "down, or cut off, or its launcher was killed there",
         )
         told.order[first] = 0
 
