@@ -10,16 +10,37 @@ import importlib.util
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from ddpkit.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 _ALIAS = "_ddpkit_launch"
 
 
+class UntilThereAreRanks:
+    """Handles a stop signal as long as there is nobody to pass it on to: ends the process.
+
+    Attributes:
+        received: it has come. Its exception may get lost: Python drops what is raised in a callback of an import, say.
+            Whoever takes over then knows.
+    """
+
+    def __init__(self, end: BaseException) -> None:
+        self._end = end
+        self.received = False
+
+    def __call__(self, *_: object) -> NoReturn:
+        """Handle the signal."""
+        self.received = True
+        raise self._end
+
+
 def main() -> None:
     """Run the command line; ends the process."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # until there are ranks to pass it on to
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, UntilThereAreRanks(SystemExit(EXIT_STOPPED)))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, UntilThereAreRanks(KeyboardInterrupt()))
     try:
         code = _main()
     except KeyboardInterrupt:

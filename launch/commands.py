@@ -134,9 +134,14 @@ def export(arguments: Namespace) -> int:
 
 def doctor(arguments: Namespace) -> int:
     """`ddpkit doctor`: what was found, and why; 1 if some ranks cannot talk."""
+    settings = configs.load_launch(_overrides(arguments))
+    if settings.launcher == "slurm":
+        raise UserError(
+            "doctor: a submitted job answers too late; have Slurm start ranks here and now: "
+            "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"
+        )
     from . import doctor as examination  # with torch, only here
 
-    settings = configs.load_launch(_overrides(arguments))
     return examination.examine(settings, arguments.launcher)
 
 

@@ -40,7 +40,7 @@ class Ended:
 
     exit_code: int
     failures: tuple[Failure, ...] = ()
-    results: tuple[str | None, ...] = ()
+    results: tuple[str, ...] = ()
     report: str | None = None
 
 
@@ -93,6 +93,9 @@ class Watch:
             return outcome
         if state is not None and not state.has_ended:
             return None
+        if state is not None and state.state == "CANCELLED" and not state.nodes:
+            when = "while it waited to start again; what it had saved is there" if state.restarts else "before it began"
+            return Ended(EXIT_STOPPED, report=f"job {self.name} was cancelled {when}")
         self._over_since = now if self._over_since is None else self._over_since
         return self._without_outcome(state) if now - self._over_since >= self._late_s else None
 
@@ -100,8 +103,6 @@ class Watch:
         where = f"its logs are in {self.submission.folder}"
         if state is None:
             return Ended(EXIT_FAILED, report=f"Slurm no longer knows job {self.name}, which left no word; {where}")
-        if state.state == "CANCELLED" and not self.submission.logs(self.index):
-            return Ended(EXIT_STOPPED, report=f"job {self.name} was cancelled before it began")
         why = f" ({state.reason})" if state.reason != "None" else ""
         code = state.exit_code if state.state in ("COMPLETED", "FAILED") else EXIT_FAILED
         if code == EXIT_DONE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from .output import Output
 from .plan import Plan
 from .supervise import Node, Outcome, holding_back, passing_on_signals, signal_number
 
+_BEFORE_THE_LIMIT_S = 2.0  # a job that has come to its time limit is not started again, unless it asks in time
 _NEAR_THE_END_S = 300.0  # ranks that stop unasked do so for the end of their allocation, if that is so near
 
 
@@ -71,6 +73,9 @@ def _run(plan: Plan, run_dir: Path, node: Node) -> Ended:
         attempt = None if node.is_numbered_late else take(plan.world_size)
         with holding_back(warning):  # it would end processes that have no handler for it
             stack.enter_context(node)
+        if allocation is not None:
+            node.insistent = frozenset({signal.SIGINT})  # Slurm warns, and sends SIGTERM later, without being impatient
+            node.time_left = partial(_time_left, allocation, plan.warning_signal)
         stack.enter_context(passing_on_signals(node, (*STOP_SIGNALS, *warning)))
         restart_count = 0
         while True:
@@ -175,6 +180,20 @@ def _come_back(plan: Plan, allocation: Allocation, attempt: AttemptFile, ended: 
         _say(str(error))
         return replace(ended, exit_code=EXIT_FAILED, report=str(error))
     return replace(ended, comes_back=why in requeue.COMES_BACK)
+
+
+def _time_left(allocation: Allocation, warning_signal: str, signal_name: str) -> tuple[str, float] | None:
+    """Why Slurm ends the job, and in how many seconds at the soonest; None if it does not, or does not say."""
+    try:
+        state = slurm.job_state(allocation.job_id)
+    except slurm.SlurmFailed:
+        return None
+    why = requeue.why(state, allocation, signal_name, warning_signal)
+    if state.ends_at is None or why not in requeue.OURS:
+        return None
+    # A preempted job that is still there at the end comes back by Slurm's own doing.
+    spare_s = _BEFORE_THE_LIMIT_S if why == "time limit" else 0.0
+    return why, max(0.0, state.ends_at - time.time() - spare_s)
 
 
 def _is_near_end(allocation: Allocation) -> bool:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import time
-from typing import Any, Generic, TypeVar
-
-import cloudpickle
+from typing import Generic, TypeVar
 
 from ddpkit import slurm
 from ddpkit.errors import EXIT_DONE
 
 from .calls import RankError, exception_of
 from .following import ASK_S, POLL_S, Ended, Watch, ask
+from .job import unpickled
 from .submission import Submission
 
 T = TypeVar("T")
@@ -72,7 +70,7 @@ class SlurmJob(Generic[T]):
         if (error := self.exception()) is not None:
             raise error
         assert self._ended is not None  # it has been waited for
-        return [_unpickled(result) for result in self._ended.results]
+        return [unpickled(result) for result in self._ended.results]
 
     def exception(self) -> BaseException | None:
         """Wait, and give what `result` would raise, if it would."""
@@ -100,7 +98,3 @@ class SlurmJob(Generic[T]):
     def _log(self, suffix: str) -> str | None:
         found = [path for path in self._submission.logs(None) if path.suffix == suffix]
         return "".join(path.read_text(errors="replace") for path in found) if found else None
-
-
-def _unpickled(result: str | None) -> Any:
-    return None if result is None else cloudpickle.loads(base64.b64decode(result))

@@ -175,5 +175,5 @@ class Failure:
 
 
 def unpickled(result: str) -> Any:
-    """What a rank's call returned, out of an `Outcome`."""
-    return cloudpickle.loads(base64.b64decode(result))
+    """What a rank's call returned, out of an `Outcome`; None if it returned nothing of that kind."""
+    return cloudpickle.loads(base64.b64decode(result)) if result else None

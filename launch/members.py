@@ -9,16 +9,14 @@ from __future__ import annotations
 import selectors
 import signal
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from ddpkit import rendezvous, requeue, slurm
+from ddpkit import rendezvous
 from ddpkit.errors import EXIT_STOPPED, UserError
-from ddpkit.world import Allocation
 
 from .hub import Peer
 from .job import Failure, Job
@@ -27,7 +25,6 @@ from .supervise import LaunchFailed, Node, Outcome, Place, Rank
 
 _GATHER_S = 600.0  # for the launchers of all nodes to come: prologs and slow file systems hold some up
 _PART_S = 5.0  # for the followers to end their node processes
-_BEFORE_THE_END_S = 2.0  # of the time limit: Slurm starts a job that has come to it only if it is asked in time
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,7 @@ class LeadingNode(Node):
         place: where these ranks lie among all.
         me: this launcher among the others.
         listener: where followers come to; None if there are none.
-        allocation: the Slurm job.
-        warning_signal: what comes before its time limit, without SIG.
     """
-
-    insistent: frozenset[int] = frozenset()  # Slurm warns, and then sends SIGTERM, without being impatient
 
     def __init__(
         self,
@@ -90,17 +83,11 @@ class LeadingNode(Node):
         place: Place,
         me: Membership,
         listener: socket.socket | None,
-        allocation: Allocation,
-        warning_signal: str,
     ) -> None:
         super().__init__(nproc, start_method, env, place)
         self._me = me
         self._listener = listener
         self._followers: dict[int, _Follower] = {}
-        self._allocation = allocation
-        self._warning_signal = warning_signal
-        self._give_up_at: float | None = None
-        self._told_why = "asked to stop"
 
     def __enter__(self) -> LeadingNode:
         super().__enter__()
@@ -262,34 +249,12 @@ class LeadingNode(Node):
             if not follower.ended:
                 follower.peer.send(do="signal", number=int(number))
 
-    # -- a stop that cannot come about -----------------------------------------------------------------------------
-
-    def _begin_stop(self) -> None:
-        threading.Thread(target=self._find_end, name="ddpkit-end", daemon=True).start()
-
-    def _find_end(self) -> None:
-        """Ask Slurm until when there is time; a busy controller takes long, so not in the loop."""
-        try:
-            state = slurm.job_state(self._allocation.job_id)
-        except slurm.SlurmFailed:
-            return
-        why = requeue.why(state, self._allocation, self._requested, self._warning_signal)
-        self._told_why = f"asked to stop ({why})"
-        if state.ends_at is None or why not in ("preempted", "time limit"):
-            return
-        # A preempted job that is still there at the end comes back by Slurm's own doing.
-        spare_s = _BEFORE_THE_END_S if why == "time limit" else 0.0
-        self._give_up_at = time.monotonic() + max(0.0, state.ends_at - time.time() - spare_s)
-
-    def _give_up_when_due(self) -> None:
-        if self._give_up_at is not None and time.monotonic() > self._give_up_at:
-            self._give_up_at = None
-            why = f"{self._told_why}, and did not come to it in time: it was stuck, or its step or save took too long"
-            self.give_up(why)
-            for follower in self._followers.values():
-                if not follower.ended:
-                    follower.peer.send(do="give_up", why=why)
-        super()._give_up_when_due()
+    def give_up(self, why: str) -> None:
+        """End the ranks of all nodes that have not ended by themselves, as `Node.give_up` does."""
+        super().give_up(why)
+        for follower in self._followers.values():
+            if not follower.ended:
+                follower.peer.send(do="give_up", why=why)
 
 
 class FollowingNode(Node):
@@ -303,10 +268,9 @@ class FollowingNode(Node):
         me: this launcher among the others.
     """
 
-    insistent: frozenset[int] = frozenset()
-
     def __init__(self, nproc: int, start_method: str, env: Mapping[str, str], place: Place, me: Membership) -> None:
         super().__init__(nproc, start_method, env, place)
+        self.insistent = frozenset()  # the leader knows what a signal means
         self._me = me
         self._orders: list[dict[str, Any]] = []
         self._port = 0

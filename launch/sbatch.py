@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 from submitit.slurm.slurm import SlurmExecutor, _convert_mem, _make_sbatch_string
 
-from ddpkit.config import Launch
+from ddpkit.config import Launch, node_range
 from ddpkit.errors import UserError
 from ddpkit.explain import shown
 from ddpkit.yaml_files import nearest
@@ -73,7 +73,7 @@ def parameters(launch: Launch) -> tuple[int, dict[str, Any]]:
     asked = {"time": None, "wckey": None, "cpus_per_task": cpus or None} | given
     delay_s = _warning_s(given)
     asked |= {
-        "nodes": launch.nnodes,
+        "nodes": node_range(launch.nnodes)[1],
         "ntasks_per_node": 1 if is_warm else nproc,
         "signal_delay_s": delay_s,
         "srun_args": srun + given.get("srun_args", []),

@@ -24,8 +24,8 @@ class Status:
 
     Attributes:
         run_dir: of the run.
-        state: "running", "starting", "finished", "stopped", "failed", "interrupted" (killed, or its launcher was) or
-            "not started".
+        state: "running", "starting", "finished", "stopped", "failed", "interrupted" (killed, or its launcher was),
+            "queued again" (by Slurm, which has not started it yet), "submitted" or "not started".
         step: optimizer steps recorded.
         saved_step: of the newest intact checkpoint; None without one.
         epoch: the epoch under way.
@@ -62,7 +62,8 @@ def read_status(run_dir: Path) -> Status:
     """
     attempts = _attempts(run_dir)
     config = configs.load(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
-    if config is None and not attempts:
+    is_submitted = (run_dir / "slurm").is_dir()
+    if config is None and not attempts and not is_submitted:
         raise UserError(f"{run_dir}: there is no run in it; `ddpkit run` makes a run directory")
     metrics = _newest_metrics(run_dir / "metrics.jsonl")
     checkpoints = {each.step: each.problem or "intact" for each in listing.listing(run_dir)}
@@ -80,7 +81,7 @@ def read_status(run_dir: Path) -> Status:
     eta = (max_steps - step) * rate["step_s"] if max_steps is not None and "step_s" in rate else None
     return Status(
         run_dir=str(run_dir),
-        state="running" if running else "finished" if finished else _state(attempts),
+        state="running" if running else "finished" if finished else _state(attempts, is_submitted),
         step=step,
         saved_step=newest.step if newest is not None else None,
         epoch=int(last.get("epoch", 0)),
@@ -117,9 +118,9 @@ def describe(status: Status) -> str:
     lines += [f"checkpoint {step}: {condition}" for step, condition in status.checkpoints.items()]
     for attempt in status.attempts:
         how = attempt.get("how", "no end was noted")
-        lines.append(
-            f"attempt {attempt.get('attempt')}: {attempt.get('ranks')} ranks, {attempt.get('launcher')}: {how}"
-        )
+        again = f"; queued again ({attempt['requeued']})" if "requeued" in attempt else ""
+        where = " job ".join(str(attempt[key]) for key in ("launcher", "job") if key in attempt)
+        lines.append(f"attempt {attempt.get('attempt')}: {attempt.get('ranks')} ranks, {where}: {how}{again}")
     if status.goodput is not None:
         lines.append(f"goodput: {status.goodput:.0%} of the time since the first start")
     return "\n".join(lines)
@@ -136,14 +137,16 @@ def is_finished(config: Config, newest: Manifest) -> bool:
     return trained and (train.eval_step is None or progress["evaluated"] == progress["step"])
 
 
-def _state(attempts: list[dict[str, Any]]) -> str:
+def _state(attempts: list[dict[str, Any]], is_submitted: bool) -> str:
     """How the last attempt ended, of a run that nobody holds and that has not reached its end."""
     if not attempts:
-        return "not started"
+        return "submitted" if is_submitted else "not started"
     last = attempts[-1]
     if "exit_code" not in last:
         here = last.get("host") == socket.gethostname()
         return "starting" if here and Path(f"/proc/{last.get('pid')}").exists() else "interrupted"
+    if "requeued" in last:
+        return "queued again"
     return "stopped" if last["exit_code"] in (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED) else "failed"
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -116,10 +117,13 @@ class Node:
         start_method: "warm" or "spawn".
         env: variables for every rank besides those that say who it is.
         place: where these ranks lie among all; by default they are all.
-    """
 
-    insistent: frozenset[int] = frozenset(STOP_SIGNALS)
-    """Which of the stop signals end the ranks at once when they are repeated."""
+    Attributes:
+        insistent: which of the stop signals end the ranks at once when they are repeated.
+        time_left: asked in a thread, when the ranks are asked to stop (given the signal's name): why, and how many
+            seconds they have at most; None if there is no end.
+        ends_now: a repeated signal has ended the ranks.
+    """
 
     is_numbered_late = False
     """The number of an attempt is known only when the launchers of all nodes have met."""
@@ -141,7 +145,10 @@ class Node:
         self._problem: str | None = None
         self._memory = Watch()
         self._output = Output(None, tee_all=False)
+        self._give_up_at: tuple[str, float] | None = None
         self._giving_up: tuple[str, float] | None = None
+        self.insistent = frozenset(STOP_SIGNALS)
+        self.time_left: Callable[[str], tuple[str, float] | None] | None = None
         self.ends_now = False
         self.pids: dict[int, int] = {}
 
@@ -249,7 +256,15 @@ class Node:
             self._giving_up = (why, time.monotonic() + _STACKS_S)
             self._signal_all(STACK_SIGNAL)
 
+    def _find_end(self, name: str) -> None:
+        assert self.time_left is not None  # it is asked
+        if (found := self.time_left(name)) is not None:
+            self._give_up_at = (found[0], time.monotonic() + found[1])
+
     def _give_up_when_due(self) -> None:
+        if self._give_up_at is not None and time.monotonic() > self._give_up_at[1]:
+            why, self._give_up_at = self._give_up_at[0], None
+            self.give_up(f"asked to stop ({why}), and did not in time: stuck, or its step or save took too long")
         if self._giving_up is None or time.monotonic() < self._giving_up[1]:
             return
         for rank in self._ranks:
@@ -284,9 +299,6 @@ class Node:
 
     def _tell_failure(self, rank: Rank) -> None:
         """Called as soon as a rank has failed; for those who have to know at once."""
-
-    def _begin_stop(self) -> None:
-        """Called when the ranks are asked to stop, for the first time."""
 
     def _start(self, job: Job, restart_count: int) -> None:
         with rendezvous.listen() as listener:  # held from here on: no other process can take the port
@@ -345,7 +357,7 @@ class Node:
             failure = self._failure(rank, rank.ended, explain(rank.ended))
         if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
-        return judge(failure, rank.memory)
+        return failure if rank.was_ended else judge(failure, rank.memory)
 
     def _failure(self, rank: Rank, exit_code: int, message: str, traceback: str = "") -> Failure:
         when = rank.when or time.monotonic()
@@ -378,7 +390,8 @@ class Node:
                 return
             if self._requested is None:
                 self._requested, self._requested_at = signal.Signals(number).name, time.monotonic()
-                self._begin_stop()
+                if self.time_left is not None:  # it may take long: not in the loop
+                    threading.Thread(target=self._find_end, args=(self._requested,), daemon=True).start()
             self._signal_all(number)
 
     def _hear(self) -> None:
@@ -462,6 +475,8 @@ def passing_on_signals(node: Node, signals: tuple[signal.Signals, ...] = STOP_SI
     for number in signals:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, lambda received, _frame: node.request(received))
+        if getattr(before[number], "received", False):  # while there was nobody to pass it on to, and it got lost
+            node.request(number)
     try:
         yield
     finally:

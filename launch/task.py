@@ -53,6 +53,15 @@ class _Task:
         self._plan = _here(Plan.from_json(json.loads(text)), directory)
 
     def run(self) -> int:
+        """Do it. Gives the exit code."""
+        try:
+            return self._run()
+        except DdpkitError as error:
+            if self._me.is_main:
+                self._tell_outcome(group.Ended(error.exit_code, report=str(error)))
+            raise
+
+    def _run(self) -> int:
         place = _place(self._plan, self._me)
         env = _environment(self._plan, self._me, place)
         nproc = self._plan.nproc if self._plan.start_method == "warm" else 1
@@ -73,9 +82,7 @@ class _Task:
             listener = None
             if membership.count > 1:
                 listener = stack.enter_context(rendezvous.meeting_point(place.master_addr, membership.meeting))
-            node = LeadingNode(
-                nproc, plan.start_method, env, place, membership, listener, self._allocation, plan.warning_signal
-            )
+            node = LeadingNode(nproc, plan.start_method, env, place, membership, listener)
             try:
                 ended = group.run(plan, node)
             finally:

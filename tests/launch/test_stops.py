@@ -154,6 +154,38 @@ def test_a_stop_during_the_start(shell: Shell, number: int, moment: str) -> None
     assert "Traceback" not in done.stderr
 
 
+LOST = """
+import os, sys
+import ddpkit.__main__ as command
+
+begin = command._main
+
+
+class Dropped:
+    def __del__(self):  # what is raised here, Python drops
+        os.kill(os.getpid(), {number})
+        sum(range(10_000))
+
+
+def with_signal():
+    Dropped()
+    return begin()
+
+
+command._main = with_signal
+sys.argv = ["ddpkit", "run", "config.yaml"]
+command.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_a_stop_whose_exception_was_lost(shell: Shell, number: int) -> None:
+    shell.config(**LONG)
+    done = shell.run("-c", LOST.format(number=int(number)), prefix=(sys.executable,))
+    assert done.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}[signal.Signals(number)], done.stderr
+    assert "ignored in" in done.stderr, "nothing was lost"
+
+
 def _handles(pid: int, number: int) -> bool:
     caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

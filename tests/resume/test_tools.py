@@ -142,6 +142,27 @@ def test_status_of_runs_that_are_not_running(
     assert "finished, step 18" in text and "checkpoint 18: intact" in text
 
 
+def test_a_run_on_slurm(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new/slurm").mkdir(parents=True)
+    assert "submitted" in cli(capsys, "status", str(tmp_path / "new")).out
+    run_dir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(last_checkpoint(run_dir))
+    path = run_dir / "attempts/attempt-0.json"
+    path.parent.mkdir(exist_ok=True)  # the run was one of `fit`, without a launcher
+    ended = {
+        "attempt": 0,
+        "ranks": 2,
+        "launcher": "slurm",
+        "job": "17",
+        "how": "stopped on request (SIGTERM)",
+        "exit_code": 75,
+    }
+    path.write_text(json.dumps(ended | {"started": 1.0, "ended": 2.0, "requeued": "preempted"}))
+    text = cli(capsys, "status", str(run_dir)).out
+    assert "queued again, step 18" in text
+    assert "slurm job 17: stopped on request (SIGTERM); queued again (preempted)" in text
+
+
 def test_a_run_that_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     config = tree(run_dir, train__step="tests.resume.test_tools:failing_step")

@@ -124,6 +124,7 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
             "launch.slurm.partiton: unknown",
         ),
         (("run", "config.yaml", "--launcher", "slurm", "--sweep", "sede=[1]"), "sede: unknown key"),
+        (("doctor", "--launcher", "slurm"), "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"),
         (("run", "config.yaml", "--sweep", "seed=[1]"), "--sweep: an array of runs is for --launcher slurm"),
         (("launch", "missing.py"), "there is no file missing.py in"),
         (("launch", "-m", "no_such_module"), "there is no module no_such_module"),
@@ -184,9 +185,9 @@ def test_the_layers_import_one_way() -> None:
     for path in (ROOT / "launch").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) launch\b", text, re.MULTILINE), path
-        if path.name not in ("export.py",):
+        if path.name not in ("export.py", "meeting.py"):  # loaded late; by the agent alone
             assert not re.search(r"^(from|import) torch\b", text, re.MULTILINE), path
-    others = {"inline", "local"}
+    others = {"inline", "local", "torchrun", "slurm"}
     for name in others:
         text = (ROOT / f"launch/launchers/{name}.py").read_text()
         assert not any(re.search(rf"from \.{other}\b|import {other}\b", text) for other in others - {name})

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from ddpkit import config as configs
 from ddpkit import slurm, world
 from ddpkit.errors import ConfigError, UserError
 from ddpkit.slurm import JobState
 from launch import calls, cli, following, sbatch, snapshot, submission, sweep
+from launch.carrying import carried
 from launch.following import Watch
 from launch.job import Failure, Job
 from launch.plan import Plan
@@ -112,6 +114,7 @@ srun --unbuffered --output /s/%A_%a_%t_log.out --kill-on-bad-exit=1 --open-mode=
         (("launch.nproc_without_gpu=5",), {"cpus_per_task": 5}),
         (("launch.slurm.gpus_per_node=3", "launch.backend=gloo", "launch.nproc_per_node=7"), {"cpus_per_task": 7}),
         (("launch.nproc_per_node=2", "launch.slurm.exclusive=true"), {"cpus_per_task": None}),
+        (("launch.nproc_per_node=1", "launch.nnodes='2:2'"), {"nodes": 2}),
         # the warning: a quarter of the limit, between 15 s and 90 s
         (("launch.nproc_per_node=1", "launch.slurm.timeout_min=1"), {"time": 1, "signal_delay_s": 15}),
         (("launch.nproc_per_node=1", "launch.slurm.time=2"), {"time": 2, "signal_delay_s": 30}),
@@ -190,6 +193,18 @@ def test_variables_of_another_place_are_not_for_a_job() -> None:
     )
     assert world.not_for_a_job(env | dict.fromkeys(stays, "1"), stated) == sorted(env)
     assert "SBATCH_TIMELIMIT" not in world.not_for_a_job(env, [])
+
+
+def test_the_page_on_slurm_shows_what_is_taken() -> None:
+    page = (ROOT / "docs/slurm.md").read_text()
+    section = YAML(typ="safe").load(page.partition("```yaml\n")[2].partition("```")[0])["launch"]
+    nproc, parameters = sbatch.parameters(configs.launch_section(section))
+    assert (nproc, parameters["cpus_per_task"], parameters["time"]) == (4, 32, 240)
+    assert set(section) - {"slurm"} <= set(configs.Launch.model_fields)
+    commands = [line.split()[1:] for line in page.splitlines() if line.startswith("    ddpkit ")]
+    assert len(commands) == 5
+    for command in commands:
+        cli._parser().parse_args(command)
 
 
 # ---------------------------------------------------------------------- the command, beside a Slurm that is played
@@ -401,7 +416,7 @@ STATE = JobState("RUNNING", "None", 0, True, False, None)
         (replace(STATE, state="FAILED", reason="NonZeroExitCode", exit_code=2), 2, "ended as FAILED (NonZeroExitCode)"),
         (replace(STATE, state="FAILED", exit_code=139), 1, "job 7 ended as FAILED and left no word"),
         (replace(STATE, state="NODE_FAIL"), 1, "job 7 ended as NODE_FAIL"),
-        (replace(STATE, state="CANCELLED"), 75, "cancelled before it began"),
+        (replace(STATE, state="CANCELLED", nodes="n1"), 1, "job 7 ended as CANCELLED"),
         (replace(STATE, state="COMPLETED"), 0, ""),
     ],
 )
@@ -427,15 +442,14 @@ def test_a_jobs_own_word_counts(tmp_path: Path) -> None:
         assert ended is not None and (ended.exit_code, ended.failures) == (1, (failure,))
 
 
-def test_cancelled_while_it_ran(tmp_path: Path) -> None:
-    (tmp_path / "7_0_log.out").write_text("step 1\n")
-    watch = Watch(Submission("7", tmp_path), late_s=0)
-    ended = watch.look(replace(STATE, state="CANCELLED"), 0.0)
-    assert ended is not None and ended.exit_code == 1
+@pytest.mark.parametrize(("restarts", "words"), [(0, "before it began"), (1, "while it waited to start again")])
+def test_cancelled_in_the_queue(tmp_path: Path, restarts: int, words: str) -> None:
+    ended = Watch(Submission("7", tmp_path)).look(replace(STATE, state="CANCELLED", restarts=restarts), 0.0)
+    assert ended is not None and ended.exit_code == 75 and words in (ended.report or "")
 
 
 def test_ctrl_c_leaves_the_job(play: Play, capsys: Capture) -> None:
-    play.program("sbatch", f"echo Submitted batch job 7; (sleep 0.3; kill -INT {os.getpid()}) >/dev/null 2>&1 &")
+    play.says(*play.states("PENDING Reason=Priority") * 2, last=f"kill -INT {os.getpid()}")
     before = signal.getsignal(signal.SIGINT)
     assert run("--wait") == 130
     assert signal.getsignal(signal.SIGINT) is before
@@ -688,17 +702,15 @@ def test_a_function_as_a_job(play: Play) -> None:
     assert (job.done(), job.state, job.stdout(), job.stderr()) == (False, "PENDING", None, None)
     (job.folder / "7_0_log.out").write_text("hello\n")
     results = [base64.b64encode(cloudpickle.dumps(value)).decode() for value in (7, 8)]
-    outcome(job.folder, results=[*results, None])
+    outcome(job.folder, results=[*results, ""])
     assert (job.result(), job.results(), job.exception(), job.stdout()) == (7, [7, 8, None], None, "hello\n")
     assert job.state == "COMPLETED"
 
 
 def test_the_error_of_a_function_as_a_job(play: Play) -> None:
-    import cloudpickle
-
     job = calls.slurm(add, 3, nproc_per_node=1, folder="here")
     assert job.folder == Path.cwd() / "here/slurm/submission-0"
-    failure = Failure(1, "n2", 0.0, 1, "Odd", "mine", exception=cloudpickle.dumps(Odd("mine")))
+    failure = Failure(1, "n2", 0.0, 1, "Odd", "mine", exception=carried(Odd("mine")))
     outcome(job.folder, exit_code=1, failures=[failure.to_json()], report="rank 1 on n2 failed: Odd: mine")
     with pytest.raises(Odd, match="mine") as raised:
         job.result()
