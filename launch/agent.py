@@ -144,6 +144,7 @@ class _Agent:
                 round=self._meeting.rounds,
                 first=first["rank"],
                 world_size=first["world_size"],
+                hosts=self._meeting.hosts,
                 started={str(birth["rank"]): birth["pid"] for birth in self._waiting.values()},
             )
 

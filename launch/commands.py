@@ -38,7 +38,9 @@ def run(arguments: Namespace) -> int:
         print(f"{configs.dump(config)}---\n{_describe(plan)}")
         return EXIT_DONE
     is_submitted = plan.launcher == "slurm" and slurm.is_submitted(run_dir)
-    if not _has_work(config, run_dir, arguments.accept_change, is_submitted):
+    # Of several machines' launchers, one may come when the others' ranks are at work.
+    joins = plan.launcher == "torchrun" and plan.nnodes > 1
+    if not _has_work(config, run_dir, arguments.accept_change, is_submitted or joins):
         return EXIT_DONE
     return _LAUNCHERS[plan.launcher](plan)
 
@@ -179,13 +181,13 @@ def _describe(plan: Plan) -> str:
     return told if plan.launcher != "slurm" else f"{told}\n---\n{slurm.describe((plan,), slurm.home(plan))}"
 
 
-def _has_work(config: Config, run_dir: Path, accepted: list[str], is_submitted: bool) -> bool:
+def _has_work(config: Config, run_dir: Path, accepted: list[str], is_shared: bool) -> bool:
     """Whether a run may start or go on now; says so if it is finished.
 
-    Of one that ``is_submitted`` already, it is that job that uses the run directory.
+    With ``is_shared`` it is no matter who uses the run directory: a job that is submitted already, or other machines.
     """
     _check_same_run(config, run_dir, accepted)
-    holder = None if is_submitted else claim.holder(run_dir, claim.Claimant.here())
+    holder = None if is_shared else claim.holder(run_dir, claim.Claimant.here())
     if holder is not None:
         raise UserError(
             f"run_dir: {run_dir} is in use by pid {holder.claimant.process.pid} on {holder.claimant.place.host} since "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ddpkit.errors import EXIT_STOPPED, DdpkitError, UserError
+from ddpkit.errors import EXIT_FAILED, EXIT_STOPPED, DdpkitError, UserError
 
 from .attempts import AttemptFile, report_failure
 from .causes import follows, order_by_cause
@@ -34,6 +34,7 @@ class _Round:
     Attributes:
         first: the rank of the first rank here, once all here have been born.
         world_size: ranks of all machines.
+        hosts: of all machines, in the order of their ranks.
         attempt: its number, as the launcher that leads says.
         regroups: it ends because machines come or go.
         order: of failures, over all machines, by rank.
@@ -42,6 +43,7 @@ class _Round:
 
     first: int | None = None
     world_size: int = 0
+    hosts: tuple[str, ...] = ()
     attempt: int | None = None
     regroups: bool = False
     order: dict[int, int] = field(default_factory=dict)
@@ -138,6 +140,7 @@ class ElasticNode(Node):
         told = self._rounds[message["round"]]
         if "first" in message:
             told.first, told.world_size = message["first"], message["world_size"]
+            told.hosts = tuple(message["hosts"])
         elif "attempt" in message:
             told.attempt = message["attempt"]
         elif "regroups" in message:
@@ -170,11 +173,31 @@ class ElasticNode(Node):
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and not (self._is_settled() or self._lost or self.ends_now):
             self._handle_events(timeout_s=0.2)
+        if not self._terms.alone:
+            self._blame_the_silent(told)
         outcome = super()._outcome()
         # The agent restarts ranks also where those of another machine have failed, which is another thing.
         if told.regroups and self._requested is None and all(map(_was_ended, outcome.failures)):
             return replace(outcome, exit_code=EXIT_STOPPED, failures=(), is_saved=False, regroups=True)
         return outcome
+
+    def _blame_the_silent(self, told: _Round) -> None:
+        """Where nobody has a failure of its own to tell of, a machine that tells of nothing is the cause."""
+        failures = self._failures()
+        silent = set(range(told.world_size)) - {rank.rank for rank in self._ranks} - {each.rank for each in failures}
+        if told.regroups or not failures or not silent or not all(map(follows, failures)):
+            return
+        first = min(silent)
+        ranks = f"rank {first}" if len(silent) == 1 else f"ranks {', '.join(map(str, sorted(silent)))}"
+        told.failures[first] = Failure(
+            first,
+            told.hosts[first // self._nproc],
+            when=0.0,
+            exit_code=EXIT_FAILED,
+            message=f"nothing has been heard of {ranks}, and the others have lost their connection: that machine is "
+            "down, or cut off, or its launcher was killed there",
+        )
+        told.order[first] = 0
 
     def _is_settled(self) -> bool:
         """Whether all is known that can be: each failure's place among those of others, and which one is the cause."""

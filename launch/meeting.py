@@ -46,6 +46,9 @@ class Meeting(DynamicRendezvousHandler):
     rounds = 0
     """How many there have been, with the present one."""
 
+    hosts: tuple[str, ...] = ()
+    """The machines of this round, in the order of their ranks."""
+
     _round: _Round | None = None
 
     def get_backend(self) -> str:
@@ -63,7 +66,7 @@ class Meeting(DynamicRendezvousHandler):
         info = super().next_rendezvous()
         self.rounds += 1
         self._round = _Round(info, self.terms, partial(self.tell, round=self.rounds))
-        self._round.compare_terms()
+        self.hosts = self._round.compare_terms()
         if info.world_size > 1:
             self._round.listen()
         return info
@@ -118,7 +121,8 @@ class _Round:
         self._tell = tell
         self._regroups = False
 
-    def compare_terms(self) -> None:
+    def compare_terms(self) -> tuple[str, ...]:
+        """Give the names of all machines, whose launchers were started alike."""
         one = World(rank=self._rank, world_size=self.nodes, local_rank=0, local_world_size=1)
         told = Ranks(one, self.store).exchange("terms", [socket.gethostname(), vars(self._terms)], _ROLL_S)
         terms = [(host, Terms(**each)) for host, each in told]
@@ -128,6 +132,7 @@ class _Round:
                 + "; ".join(f"{host}: {each.describe()}" for host, each in terms)
                 + ". Give all of them the same."
             )
+        return tuple(host for host, _ in terms)
 
     def listen(self) -> None:
         threading.Thread(target=self._listen, name="ddpkit-meeting", daemon=True).start()

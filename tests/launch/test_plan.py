@@ -61,6 +61,16 @@ def test_inline_ranks_that_somebody_else_has_started() -> None:
             _plan(f"launch.launcher={launcher}", env=env)
 
 
+def test_a_range_of_nodes() -> None:
+    meet = ("launch.launcher=torchrun", "launch.nproc_per_node=4", "launch.nnodes=2:3", "launch.rdzv_endpoint=h0:1")
+    plan = _plan(*meet, env={})
+    assert plan.describe().startswith("launcher: torchrun\nranks: 8 to 12\nnodes: 2 to 3, which meet at h0:1\n")
+    assert (plan.fewest_nodes, plan.nnodes, plan.world_size) == (2, 3, 12)
+    assert Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(UserError, match=r"16 samples cannot be split over 20 ranks"):
+        _plan(*meet, "launch.nnodes=2:5", env={})
+
+
 def test_a_launcher_on_each_node() -> None:
     env = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2"}
     env |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "MASTER_ADDR": "h0"}

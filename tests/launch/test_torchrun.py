@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import psutil
 import pytest
@@ -16,6 +17,8 @@ import pytest
 import launch
 from launch.calls import RankError
 from tests.launch.shell import Shell, finish, wait_for
+
+Done: TypeAlias = "subprocess.CompletedProcess[str]"
 
 TORCHRUN = ("--launcher", "torchrun", "--nproc-per-node", "2")
 
@@ -144,6 +147,13 @@ def test_the_command_line_imports_no_torch(shell: Shell) -> None:
         (("-o", "launch.nnodes=2"), {}, "launch.rdzv_endpoint: 2 machines need a place to meet"),
         (("-o", "launch.rdzv_endpoint=h:1"), {}, "launch.rdzv_endpoint: h:1 is for launch.launcher=torchrun with"),
         (("--launcher", "local", "-o", "launch.nnodes=2"), {}, "launch.nnodes: 2 machines, but the local launcher"),
+        (
+            ("--launcher", "local", "-o", "launch.nnodes=1:2"),
+            {},
+            "launch.nnodes: 1:2 is a range, and machines can come",
+        ),
+        (("-o", "launch.nnodes=2:1"), {}, "launch.nnodes: expected an integer of at least 1 or a range such as '2:4'"),
+        (("-o", "launch.nnodes=2:4"), {}, "launch.rdzv_endpoint: 2:4 machines need a place to meet"),
         ((), {"PMI_RANK": "1", "PMI_SIZE": "2"}, "the environment sets PMI_RANK=1 but not MPI_LOCALRANKID"),
         (
             (),
@@ -192,16 +202,102 @@ def _port() -> int:
         return int(server.getsockname()[1])
 
 
+def _launchers(shell: Shell, *arguments: str, ranks: tuple[int, ...] = (2, 2), nnodes: str = "2") -> list[Done]:
+    """One launcher for each machine, all on this one, on the same run directory; how they end."""
+    meet = ("--nnodes", nnodes, "-o", f"launch.rdzv_endpoint=127.0.0.1:{_port()}", "--run-dir", "kept")
+    command = ("launch", "--launcher", "torchrun", *meet)
+    children = [shell.start(*command, "--nproc-per-node", str(nproc), *arguments) for nproc in ranks]
+    return [finish(child, 100) for child in children]
+
+
 @pytest.mark.slow
 def test_two_launchers_are_one_world_and_restart_together(shell: Shell) -> None:
     shell.script("once.py", ONCE)
-    meet = ("--nnodes", "2", "-o", f"launch.rdzv_endpoint=127.0.0.1:{_port()}", "-o", "launch.max_restarts=1")
-    command = ("launch", "--launcher", "torchrun", "--nproc-per-node", "1", *meet)
-    children = [shell.start(*command, "--run-dir", f"kept-{node}", "once.py") for node in range(2)]
-    ends = [finish(child, 100) for child in children]
+    ends = _launchers(shell, "-o", "launch.max_restarts=1", "once.py", ranks=(1, 1))
     assert [end.returncode for end in ends] == [0, 0], [end.stderr for end in ends]
-    logs = {path.name for path in shell.cwd.glob("kept-*/logs/attempt-1/*")}
-    assert logs == {"rank-0.log", "rank-1.log"}
+    # Each attempt has one number, one file, and the logs of all ranks.
+    assert _attempts(shell.cwd / "kept") == [(2, 1), (2, 0)]
+    logs = {str(path.relative_to(shell.cwd / "kept/logs")) for path in shell.cwd.glob("kept/logs/*/*")}
+    assert logs == {f"attempt-{attempt}/rank-{rank}.log" for attempt in (0, 1) for rank in (0, 1)}
+    assert [end.stderr.count("rank 1 on ") for end in ends] == [1, 1]
+
+
+def _attempts(run_dir: Path) -> list[tuple[int, int]]:
+    told = [_json(path) for path in sorted((run_dir / "attempts").iterdir())]
+    return [(attempt["ranks"], attempt["exit_code"]) for attempt in told]
+
+
+FAIL = """
+import os, sys, time
+rank = os.environ["RANK"]
+if sys.argv[1] == "input" and rank == "1":
+    import ddpkit.errors
+    raise ddpkit.errors.UserError("--lr is missing; give one")
+if sys.argv[1] == "soon":
+    open(f"here-{rank}", "w").close()
+    while not all(os.path.exists(f"here-{other}") for other in range(4)): time.sleep(0.001)
+    if rank != "3":
+        while not os.path.exists("raising"): time.sleep(0.001)
+        time.sleep(0.05)
+    open("raising", "w").close()
+    raise RuntimeError(f"of rank {rank}")
+time.sleep(1000)
+"""
+
+
+@pytest.mark.slow
+def test_the_first_failing_rank_of_all_machines_is_named_on_each(shell: Shell) -> None:
+    shell.script("fail.py", FAIL)
+    for _ in range(3):
+        for path in (*shell.cwd.glob("here-*"), *shell.cwd.glob("raising")):
+            path.unlink()
+        for end in _launchers(shell, "fail.py", "soon"):
+            assert end.returncode == 1 and end.stderr.startswith("ddpkit: rank 3 on "), end.stderr
+            assert end.stderr.count("Traceback") == 1
+        kept = _json(shell.cwd / "kept/failure.json")
+        # One that fails when this launcher has gone already is not waited for.
+        assert kept["rank"] == 3 and {0, 1} <= {other["rank"] for other in kept["others"]} <= {0, 1, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", ["0", "2"])
+def test_wrong_input_on_one_machine_ends_all(shell: Shell, restarts: str) -> None:
+    shell.script("fail.py", FAIL)
+    for end in _launchers(shell, "-o", f"launch.max_restarts={restarts}", "fail.py", "input"):
+        assert (end.returncode, end.stderr) == (2, "ddpkit: --lr is missing; give one\n")
+
+
+@pytest.mark.slow
+def test_machines_that_were_started_differently(shell: Shell) -> None:
+    shell.script("fail.py", FAIL)
+    for end in _launchers(shell, "fail.py", "soon", ranks=(1, 2)):
+        assert (end.returncode, end.stdout, end.stderr.count("\n")) == (2, "", 1), end.stderr
+        assert "the launchers of this group were started differently: " in end.stderr
+        assert "nproc_per_node 1, nnodes 2" in end.stderr and "nproc_per_node 2, nnodes 2" in end.stderr
+    assert not list(shell.cwd.glob("here-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_machines_come_and_go(shell: Shell) -> None:
+    meet = {"nnodes": "1:2", "rdzv_endpoint": f"127.0.0.1:{_port()}", "max_restarts": 1}
+    sections = LONG | {"launch": {"launcher": "torchrun", "nproc_per_node": 1} | meet}
+    shell.config(**sections | {"train": {"step": "tests.toy:slow_step", "max_steps": 600}})
+    first = shell.start("run", "config.yaml")
+    wait_for(lambda: _steps(shell) > 0 or first.poll() is not None, "steps of one machine", 60)
+    second = shell.start("run", "config.yaml")
+    # The ranks agree on a stop, save, and go on as two.
+    wait_for(lambda: (shell.cwd / "run/logs/attempt-1").exists() or first.poll() is not None, "the second machine", 60)
+    before = _steps(shell)
+    wait_for(lambda: _steps(shell) > before + 1 or first.poll() is not None, "steps of two machines", 60)
+    second.kill()
+    done = finish(first, 100)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("nodes have come or gone: starting all ranks anew") == 1
+    assert done.stderr.count("nothing has been heard of rank ") == 1
+    assert _attempts(shell.cwd / "run") == [(1, 75), (2, 1), (1, 0)]
+    steps = [line["step"] for line in _values(shell.cwd / "run") if line["kind"] == "train"]
+    assert steps == list(range(10, 601, 10))
 
 
 # ---------------------------------------------------------------------- an external torchrun
