@@ -34,6 +34,7 @@ from .memory import RAN_OUT, WORKER_DIED, Watch, judge
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
+_DYING_S = 0.3  # the kernel frees a process's memory, and then tells of its end: later than others tell of theirs
 _SAME_REQUEST_S = 2.0  # a second SIGTERM within this time counts as the first
 _STACKS_S = 1.0  # for ranks to write where they are, before they are ended
 _ASK_AGAIN_S = 2.0  # how much time there is left, of one who could not say
@@ -362,6 +363,8 @@ class Node:
             if rank.was_ended:
                 return self._failure(rank, rank.ended, ENDED_BY_US)
             failure = self._failure(rank, rank.ended, explain(rank.ended))
+            if rank.ended != -signal.SIGABRT:  # so end those who find that another one is gone
+                failure = replace(failure, when=failure.when - _DYING_S)
         if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
         return failure if rank.was_ended else judge(failure, rank.memory)

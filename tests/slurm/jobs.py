@@ -52,7 +52,7 @@ def config(**changes: Any) -> Tree:
     return made
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Home:
     """A directory that runs are submitted from.
 
