@@ -218,6 +218,9 @@ class Cluster:
     def stop_node(self, name: str) -> None:
         """Lose a node, as if its power had failed, and tell Slurm, which would take minutes to notice."""
         daemon = self._daemons.pop(name)
+        for process in self._processes(name):  # or the first to be killed would be told of by others
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
         self._kill(lambda: self._processes(name))
         daemon.wait()
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=stopped")

@@ -165,7 +165,10 @@ def wait_for_end(cluster: Cluster, job_id: int, timeout: float = 90) -> Job:
             ended.append(job)
         return bool(ended)
 
-    cluster.wait_until(look, f"job {job_id} ends", timeout)
+    try:
+        cluster.wait_until(look, f"job {job_id} ends", timeout)
+    except TimeoutError as error:
+        raise TimeoutError(f"{cluster.job(job_id)}: {error}") from error
     return ended[0]
 
 
