@@ -97,6 +97,24 @@ def test_nothing_is_left(shell: Shell, temporary: Path, launcher: str, end: str)
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
 
 
+@pytest.mark.slow
+def test_workers_of_ranks_that_somebody_else_started_leave_no_sockets(shell: Shell, temporary: Path) -> None:
+    shell.config()
+    inline = (
+        "run",
+        "config.yaml",
+        "--launcher",
+        "inline",
+        "-o",
+        "data.loader.num_workers=2",
+        "-o",
+        "launch.nproc_per_node=1",
+    )
+    done = shell.run(*inline, env={"TMPDIR": str(temporary)})
+    assert done.returncode == 0, done.stderr
+    assert not list(temporary.glob("pymp-*"))
+
+
 def _victims(launcher: int, end: str, folder: Path) -> list[int]:
     [node] = psutil.Process(launcher).children()
     ranks = [int((folder / f"pid-{rank}").read_text()) for rank in (0, 1)]
