@@ -12,14 +12,16 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
 
+from ddpkit import errors
 from ddpkit.errors import DdpkitError
+from ddpkit.heartbeat import Heartbeat
 from ddpkit.world import World
 
 log = logging.getLogger("ddpkit")
@@ -30,6 +32,8 @@ _FIRST_PAUSE_S = 0.0005
 _LONGEST_PAUSE_S = 0.02  # for up to 64 ranks; more take longer, so that the store answers as many questions a second
 _SAY_AFTER_S = 10.0  # a wait this long is reported, then at twice the time, and so on
 _FAILED = "failed"
+AGREEMENTS = "agree"
+"""Where in the runtime's store `Ranks` keep theirs."""
 
 
 class RankFailed(DdpkitError):
@@ -53,14 +57,16 @@ class Ranks:
     Args:
         world: who this rank is.
         store: shared by all ranks; within the process if there is only one.
+        heartbeat: told when this rank waits for others.
     """
 
-    def __init__(self, world: World, store: Store) -> None:
+    def __init__(self, world: World, store: Store, heartbeat: Heartbeat | None = None) -> None:
         self.rank = world.rank
         self.world_size = world.world_size
         self._local_world_size = world.local_world_size
         self._local_leader = world.rank - world.local_rank
         self._store = store
+        self._heartbeat = heartbeat or Heartbeat()
         self._uses: dict[str, int] = defaultdict(int)
 
     def exchange(self, name: str, value: Any, timeout_s: float | None = None) -> list[Any]:
@@ -105,6 +111,19 @@ class Ranks:
         """Rank zero's value, on every rank; what the others pass is not looked at. Collective."""
         return self.exchange(name, value if self.rank == 0 else None)[0]
 
+    def on_main(self, name: str, action: Callable[[], Any]) -> None:
+        """Rank zero acts; if one of our own errors comes of it, all ranks raise it. Collective."""
+        failure = None
+        if self.rank == 0:
+            try:
+                action()
+            except DdpkitError as error:
+                failure = [type(error).__name__, str(error)]
+        failure = self.decide(name, failure)
+        if failure is not None:
+            kind: type[DdpkitError] = getattr(errors, failure[0], DdpkitError)
+            raise kind(failure[1])
+
     def barrier(self, name: str, timeout_s: float | None = None) -> None:
         """Wait until every rank is here. Collective.
 
@@ -126,7 +145,7 @@ class Ranks:
         """
         if scope not in ("global", "node"):
             raise ValueError(f"scope={scope!r}: choose 'global' or 'node'")
-        leader = 0 if scope == "global" else self._local_leader
+        leader = self.leader(scope)
         use = self._uses["main_first"]
         self._uses["main_first"] += 1
         key = f"main_first/{use}/{leader}"
@@ -149,13 +168,18 @@ class Ranks:
         if waiting:
             say.start()
         try:
-            yield
+            with self._heartbeat.during("main_first"):
+                yield
         except BaseException as error:
             self._store.set(key, json.dumps(f"{type(error).__name__}: {error}"))
             raise
         finally:
             say.cancel()
         self._store.set(key, json.dumps(None))
+
+    def leader(self, scope: str) -> int:
+        """Which rank goes first, for this one: rank zero, or with "node" the first one of its node."""
+        return 0 if scope == "global" else self._local_leader
 
     def tell_failure(self, cause: str) -> tuple[int, str]:
         """Let ranks that wait for an agreement know that this rank ends with an error. Not collective.
@@ -165,14 +189,16 @@ class Ranks:
         """
         if self.world_size == 1:
             return self.rank, cause
-        first = self._store.compare_set(_FAILED, "", json.dumps([self.rank, cause]))
-        rank, cause = json.loads(first)
-        return rank, cause
+        return tell_failure(self._store, self.rank, cause)
 
     def _await(
         self, key: str, name: str, place: str, left_s: float | None = None, timeout_s: float | None = None
     ) -> None:
         """Wait for ``key``, at most ``left_s`` of the ``timeout_s`` that the whole agreement has."""
+        with self._heartbeat.waiting(name):
+            self._ask_for(key, name, place, left_s, timeout_s)
+
+    def _ask_for(self, key: str, name: str, place: str, left_s: float | None, timeout_s: float | None) -> None:
         started = time.monotonic()
         say_at = started + _SAY_AFTER_S
         pause, longest = _FIRST_PAUSE_S, _LONGEST_PAUSE_S * max(1.0, self.world_size / 64)
@@ -196,3 +222,9 @@ class Ranks:
 
     def _missing(self, place: str) -> list[int]:
         return [rank for rank in range(self.world_size) if not self._store.check([f"{place}/{rank}"])]
+
+
+def tell_failure(store: Store, rank: int, cause: str) -> tuple[int, str]:
+    """`Ranks.tell_failure` for a thread with a connection of its own."""
+    told = json.loads(store.compare_set(_FAILED, "", json.dumps([rank, cause])))
+    return told[0], told[1]

@@ -457,7 +457,6 @@ class _NotBuilt:
 
 
 _NOT_BUILT = (
-    _NotBuilt("launch.stall_timeout_s", (600.0,), "leave it out; launch.timeout_s ends a collective that is stuck"),
     _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
     _NotBuilt("model.ema_decay", (None,), "leave it out"),

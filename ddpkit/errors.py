@@ -41,6 +41,10 @@ class Superseded(DdpkitError):
     """Another process has taken the run directory over; this one may not write to it any more."""
 
 
+class Stalled(DdpkitError):
+    """Some ranks wait, and others will not come; the message says who is where."""
+
+
 class NoProgress(DdpkitError):
     """A Slurm job has come back too often without getting any further, so it does not come back again."""
 

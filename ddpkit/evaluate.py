@@ -83,15 +83,21 @@ def evaluate(
     module = unwrap(model)
     share_buffers(module, rt.world)
     tally = _MetricObjects(metrics, rt) if metrics is not None else _Means()
-    with _undisturbed(module, rt):
+
+    def stop(ask: Callable[[], str | None]) -> None:
+        if stoppable and (reason := ask()) is not None:
+            raise EvaluationStopped(reason)
+
+    with rt.heartbeat.during("evaluating"), _undisturbed(module, rt):
         count, length = 0, 0
-        with _fetching(rt, dataset, batch_size, options) as stream:
+        with _fetching(rt, dataset, batch_size, options, lambda: stop(rt.stop.look)) as stream:
             for part, batch in stream:
-                if stoppable and (reason := rt.stop.poll()) is not None:
-                    raise EvaluationStopped(reason)
+                rt.heartbeat.beat()
+                stop(rt.stop.poll)
                 count, length = count + part.size, part.batch_stop
                 if part.size:
                     tally.add(eval_step(module, _to(batch, rt.device)), part.size)
+        stop(rt.stop.poll)  # nobody may leave a wait for the stream's end while others are in what follows
         return tally.result(rt, _counts(rt, count, length))
 
 
@@ -202,18 +208,18 @@ def _undisturbed(module: nn.Module, rt: Runtime) -> Iterator[None]:
 
 @contextmanager
 def _fetching(
-    rt: Runtime, dataset: Any, batch_size: int, options: LoaderOptions
+    rt: Runtime, dataset: Any, batch_size: int, options: LoaderOptions, while_waiting: Callable[[], None]
 ) -> Iterator[Iterator[tuple[Pass, Any]]]:
     collate, seed = collate_of(options), derive(rt.seed, "evaluate")
     # A "global batch" is one batch for each rank; the shares of the last one differ by at most one.
     global_batch_size = batch_size * rt.world_size
     if isinstance(dataset, IterableDataset):
         stream = SeededStream(dataset, collate, rt.world, seed, global_batch_size, None, False, 0, 0)
-        fetcher = Fetcher(stream, None, options, seed)
+        fetcher = Fetcher(stream, None, options, seed, while_waiting)
     else:
         order = ElasticOrder(len(dataset), seed, shuffle=False)
         plan = Plan(order, rt.world, seed, global_batch_size, None, drop_last=False)
-        fetcher = Fetcher(SeededDataset(dataset, collate), plan.fetches(0, 0), options, seed)
+        fetcher = Fetcher(SeededDataset(dataset, collate), plan.fetches(0, 0), options, seed, while_waiting)
     try:
         yield iter(fetcher)
     finally:

@@ -12,8 +12,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -30,6 +31,9 @@ from ddpkit.seeding import epoch_key, host_generators_kept, sample_key, seed_hos
 from ddpkit.world import World
 
 _COLLATE = 1 << 63  # sets a batch's own stream apart from those of its samples
+_LOOK_S = 0.5  # how often somebody who waits for a batch is asked whether to wait on
+# A cluster manager signals every process of a job step; whether to stop is the rank's business.
+_NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class Fetcher:
         fetches: what to ask a `SeededDataset` for, iterated anew for each epoch.
         options: workers, pinning, collating.
         seed: for the workers' own base seed; otherwise the DataLoader draws it from the rank's generator.
+        while_waiting: called now and then while workers keep us waiting; an exception of it ends the wait.
     """
 
     def __init__(
@@ -174,6 +179,7 @@ class Fetcher:
         fetches: Iterable[Fetch] | None,
         options: LoaderOptions,
         seed: int,
+        while_waiting: Callable[[], None],
     ) -> None:
         workers: dict[str, Any] = {}
         if options.num_workers:
@@ -194,13 +200,34 @@ class Fetcher:
             generator=torch.Generator().manual_seed(derive(seed, "workers")),
             **workers,
         )
+        self._has_workers = options.num_workers > 0
+        self._while_waiting = while_waiting
         self._workers: list[BaseProcess] = []
+        self._iterator: Any = None
 
     def __iter__(self) -> Iterator[tuple[Pass, Any]]:
+        if not self._has_workers:
+            return iter(self._loader)
+        # Not by the DataLoader's own option: persistent workers that are late for a new epoch would be an error.
+        if self._iterator is not None:
+            self._iterator._timeout = 0
         before = set(multiprocessing.active_children())
-        iterator = iter(self._loader)
+        with _signals_held():
+            self._iterator = iter(self._loader)
         self._workers += [child for child in multiprocessing.active_children() if child not in before]
-        return iterator
+        self._iterator._timeout = _LOOK_S
+        return self._patiently(self._iterator)
+
+    def _patiently(self, iterator: Iterator[tuple[Pass, Any]]) -> Iterator[tuple[Pass, Any]]:
+        while True:
+            try:
+                yield next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+                self._while_waiting()
 
     def close(self) -> None:
         """End the workers now. One that is deep in a fetch would hold up the end of the process."""
@@ -218,6 +245,23 @@ class Fetcher:
         self._workers.clear()
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started inside are born with the signals blocked that are none of their business.
+
+    In the meantime a forked one would run this rank's handlers, and a spawned one would die of them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+    try:
+        if multiprocessing.get_start_method() != "fork":
+            # Where it starts its process later, for the first worker, it unblocks two of them for those that follow.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _WorkerStart:
     """The first thing a loader worker does; a class since it is pickled where workers are spawned."""
 
@@ -230,9 +274,9 @@ class _WorkerStart:
         # and ends with the rank.
         is_served = multiprocessing.get_start_method() == "forkserver"
         die_with_parent(os.getppid() if is_served else self._rank_pid)
-        # A cluster manager signals every process of a job step; whether to stop is the rank's business.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for number in _NOT_FOR_WORKERS:
             signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _NOT_FOR_WORKERS)  # what this one starts finds them as usual
         if self._then is not None:
             self._then(worker_id)
 

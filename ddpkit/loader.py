@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from ddpkit.sampler import Fetch, Pass, Plan, SampledOrder, make_order
 from ddpkit.world import World
 
 log = logging.getLogger("ddpkit")
+
+_P = TypeVar("_P")
 
 
 class Loader:
@@ -33,6 +35,8 @@ class Loader:
         dataset: as it was given.
         options: how samples are fetched.
         current: the pass given out last; its size, and whether the optimizer steps after it.
+        on_fetch: called when a pass has been fetched (True), and now and then while workers keep us waiting for one
+            (False); set by the run that this loader feeds, which leaves from there when the ranks stop.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class Loader:
         self.position = 0
         self.consumed = 0
         self.current: Pass | None = None
+        self.on_fetch: Callable[[bool], None] | None = None
         self._restored = False
         self._ended = False
         self._fetcher: Fetcher | None = None
@@ -178,26 +183,38 @@ class Loader:
     def _looking_ahead(self) -> Iterator[tuple[Pass, Any, bool]]:
         """The passes, each with whether it is known to be the epoch's last (a stream is asked for the next first)."""
         if self._plan is not None:
-            for part, batch in self._fetched():
+            for part, batch in self._stoppable(self._fetched()):
                 yield part, batch, False  # `at_end` follows from the position
             return
-        ahead = self._agreed(self._fetched())
+        ahead = self._agreed(self._stoppable(_then_none(self._fetched())))
         held = next(ahead, None)
         while held is not None:
             following = next(ahead, None)
             yield *held, following is None
             held = following
 
+    def _stoppable(self, passes: Iterator[_P]) -> Iterator[_P]:
+        """Between the fetch, in which ranks do not need each other, and what follows, in which they do."""
+        for each in passes:
+            if self.on_fetch is not None:
+                self.on_fetch(True)
+            yield each
+
+    def _while_waiting(self) -> None:
+        if self.on_fetch is not None:
+            self.on_fetch(False)
+
     def _fetched(self) -> Iterator[tuple[Pass, Any]]:
         if self._plan is None:
             self.close()
-            self._fetcher = Fetcher(self._stream(), None, self.options, self._seed)
+            self._fetcher = Fetcher(self._stream(), None, self.options, self._seed, self._while_waiting)
             return iter(self._fetcher)
         if isinstance(self._plan.order, SampledOrder):
             self._check_same_order(self._plan.order)
         if self._fetcher is None:
             dataset = SeededDataset(self.dataset, collate_of(self.options))
-            self._fetcher = Fetcher(dataset, _Fetches(self, self._plan), self.options, self._seed)
+            fetches = _Fetches(self, self._plan)
+            self._fetcher = Fetcher(dataset, fetches, self.options, self._seed, self._while_waiting)
         return iter(self._fetcher)
 
     def _check_same_order(self, order: SampledOrder) -> None:
@@ -222,9 +239,9 @@ class Loader:
             self.position,
         )
 
-    def _agreed(self, stream: Iterator[tuple[Pass, Any]]) -> Iterator[tuple[Pass, Any]]:
+    def _agreed(self, stream: Iterator[tuple[Pass | None, Any]]) -> Iterator[tuple[Pass, Any]]:
         """End the epoch on all ranks when the stream of one of them ends: no rank may wait alone in a collective."""
-        for part, batch in _then_none(stream):
+        for part, batch in stream:
             size = part.batch_size if part is not None else 0
             if self._world.world_size > 1:
                 # The smallest and the largest in one all-reduce: max(-x) is -min(x).

@@ -174,13 +174,13 @@ class _Loop:
             self._evaluate()
         if self.epoch_scheduler is not None:
             self.epoch_scheduler.step()
-        self.run.end_epoch()
+        self.run.end_epoch(is_last=self._has_ended(epochs_more=1))
 
-    def _has_ended(self) -> bool:
+    def _has_ended(self, epochs_more: int = 0) -> bool:
         progress = self.run.progress
         if self.max_steps is not None:
             return progress.step >= self.max_steps
-        return self.epochs is None or progress.epoch >= self.epochs
+        return self.epochs is None or progress.epoch + epochs_more >= self.epochs
 
     def _is_due_after_step(self) -> bool:
         every = self.evaluation.every_steps if self.evaluation is not None else None

@@ -80,7 +80,7 @@ def ask(
             known yet.
         step: how far the run is, saved.
         max_idle: how often in a row a job comes back without having got any further.
-        note: writes the event `EVENT`, with ``step`` and ``reason``; called before Slurm is asked.
+        note: writes the event `EVENT` into events.jsonl, with ``step`` and ``reason``; called before Slurm is asked.
 
     Returns:
         Why the job was told to stop, whether or not that is a reason to requeue; None if Slurm does not say.

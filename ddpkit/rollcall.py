@@ -1,7 +1,8 @@
-"""Who is where: asked of all ranks when a collective has timed out.
+"""Who is where: asked of all ranks when some of them wait too long, and what follows from the answers.
 
-gloo's own message names no rank. So the rank that gave up asks, and a thread beside each rank answers with the line
-that its main thread is at, whatever that one is doing; only a process that is stopped stays silent.
+A collective's own error names no rank, and most of what gets stuck raises no error at all. So a rank that has waited
+too long asks, a thread beside each rank answers for its main thread, whatever that one is doing, and only a process
+that is stopped, or out of reach, stays silent.
 """
 
 from __future__ import annotations
@@ -9,66 +10,273 @@ from __future__ import annotations
 import json
 import os
 import sys
+import sysconfig
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
 
+from ddpkit.checkpoint.claim import Place, Process
 from ddpkit.errors import DdpkitError
+from ddpkit.heartbeat import Heartbeat
 
+WAIT_S = 3.0  # for the answers; the threads look every half second
 _ASKED = "rollcall/asked"
-_WAIT_S = 2.0  # the threads look every fifth of a second
+_BUSY_SAMPLE_S = 0.1
+_FRAMES = 20  # of a stack, the innermost ones
 # With the separator: the user's own folder may begin with the same letters.
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
+# Where Python calls into collectives, or into what waits for them: the backward pass does, under DDP and FSDP.
+_COLLECTIVE = tuple(_TORCH + path for path in ("distributed" + os.sep, "nn/parallel" + os.sep, "autograd" + os.sep))
+_EXEMPT = ("main_first", "restoring", "saving")  # where one rank works while the others wait, for as long as it takes
 
 
 class CollectiveTimeout(DdpkitError):
     """Some ranks did not come to a collective in time; the message says where they are instead."""
 
 
-def answer(store: Store, rank: int) -> bool:
-    """Say where this process's main thread is, if somebody has asked; True if so."""
-    if not store.check([_ASKED]):
-        return False
-    store.set(f"rollcall/{rank}", json.dumps(_place()))
-    return True
+@dataclass(frozen=True)
+class Answer:
+    """Where a rank is.
+
+    Attributes:
+        phase: see `Heartbeat`.
+        step: optimizer steps finished.
+        waits_for: what it waits for other ranks for; None if it does not, as far as it can tell.
+        still_s: seconds since it has got anything done.
+        collectives: how many of the process group's it has begun.
+        at: the user's line that it is at.
+        stack: its Python stack, the innermost frames.
+    """
+
+    phase: str
+    step: int
+    waits_for: str | None
+    still_s: float
+    collectives: int
+    at: str
+    stack: list[str] = field(default_factory=list)
 
 
-def call(store: Store, rank: int, world_size: int, timeout_s: float) -> CollectiveTimeout:
-    """Ask every other rank, wait for the answers for a moment, and put them into one error."""
-    store.set(_ASKED, "")
-    others = [other for other in range(world_size) if other != rank]
-    deadline = time.monotonic() + _WAIT_S
-    while time.monotonic() < deadline and not store.check([f"rollcall/{other}" for other in others]):
-        time.sleep(0.05)
-    lines, waiting = [], [rank]
-    for other in others:
-        if not store.check([f"rollcall/{other}"]):
-            lines.append(f"rank {other} gives no answer: stopped, or out of reach")
-            continue
-        waits, place = json.loads(store.get(f"rollcall/{other}"))
-        if waits:
-            waiting.append(other)
-        else:
-            lines.append(f"rank {other} is at {place}")
-    late = "; ".join(lines) or "all ranks wait, in different collectives: they have parted ways"
-    return CollectiveTimeout(
-        f"a collective did not complete within {timeout_s:g} s (launch.timeout_s). {late}. "
-        f"Waiting: rank(s) {', '.join(map(str, sorted(waiting)))}."
+@dataclass(frozen=True)
+class Verdict:
+    """What follows from a roll-call: whether the run cannot go on, and the words for it."""
+
+    is_stalled: bool
+    text: str
+
+
+# ---------------------------------------------------------------------- one rank
+
+
+def place(heartbeat: Heartbeat) -> Answer:
+    """Where this process's main thread is; for another thread to ask, which adds for how long."""
+    main = threading.main_thread()
+    frame = sys._current_frames().get(main.ident) if main.ident is not None else None
+    if frame is None:
+        return Answer(heartbeat.phase, heartbeat.step, None, 0.0, collectives(), "its end")
+    innermost = frame.f_code.co_filename
+    stack = traceback.extract_stack(frame)
+    users = [each for each in stack if _is_users(each.filename)]
+    at = users[-1] if users else stack[-1]
+    waits_for = heartbeat.waits_for
+    if waits_for is None and innermost.startswith(_COLLECTIVE) and not _is_busy(main):
+        waits_for = "a collective"
+    return Answer(
+        phase=heartbeat.phase,
+        step=heartbeat.step,
+        waits_for=waits_for,
+        still_s=0.0,
+        collectives=collectives(),
+        at=f"{at.filename}:{at.lineno} in {at.name}: {at.line}",
+        stack=[line.rstrip("\n") for line in traceback.format_list(stack[-_FRAMES:])],
     )
 
 
-def _place() -> tuple[bool, str]:
-    """Whether the main thread waits (inside torch, or for others as we do), and the user's line that it is at."""
-    ident = threading.main_thread().ident
-    frame = sys._current_frames().get(ident) if ident is not None else None
-    if frame is None:
-        return False, "its end"
-    stack = traceback.extract_stack(frame)
-    users = [each for each in stack if not each.filename.startswith((_TORCH, _OURS, "<"))]
-    at = users[-1] if users else stack[-1]
-    return stack[-1].filename.startswith((_TORCH, _OURS)), f"{at.filename}:{at.lineno} in {at.name}: {at.line}"
+def _is_users(file: str) -> bool:
+    is_library = file.startswith((_TORCH, _OURS, "<"))
+    return not is_library and (not file.startswith(_PYTHON) or "site-packages" in file)
+
+
+def collectives() -> int:
+    """How many collectives of the default group this rank has begun; 0 if there is none."""
+    try:
+        return _begun(dist.distributed_c10d._get_default_group())
+    except ValueError:  # no group
+        return 0
+
+
+def position() -> object:
+    """Something that changes whenever this rank begins a collective, of whatever group."""
+    return [_begun(group) for group in list(dist.distributed_c10d._world.pg_map)]
+
+
+def _begun(group: dist.ProcessGroup) -> int:
+    try:
+        # Private, and without another way to it; not declared either.
+        count: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    except (RuntimeError, AttributeError):  # a backend that does not count, a group that is going
+        return 0
+    return count
+
+
+def _is_busy(thread: threading.Thread) -> bool:
+    """Whether a thread computes: the same frames stand on the stack of a backward pass that does."""
+    before = _processor_ticks(thread)
+    time.sleep(_BUSY_SAMPLE_S)
+    return _processor_ticks(thread) - before > _BUSY_SAMPLE_S * os.sysconf("SC_CLK_TCK") / 2
+
+
+def _processor_ticks(thread: threading.Thread) -> int:
+    try:
+        stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    except OSError:
+        return 0
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+# ---------------------------------------------------------------------- all ranks, over the store
+
+
+def sign_on(store: Store, rank: int) -> None:
+    """Leave word of which process this rank is, for when it will not answer."""
+    store.set(f"rollcall/process/{rank}", json.dumps([asdict(Place.here()), asdict(Process.running(os.getpid()))]))
+
+
+def asked(store: Store) -> int:
+    """The number of the newest roll-call; 0 if there was none."""
+    return int(store.get(_ASKED).split()[0]) if store.check([_ASKED]) else 0
+
+
+def answer(store: Store, call: int, rank: int, place: Answer) -> None:
+    """Answer a roll-call."""
+    store.set(f"rollcall/{call}/{rank}", json.dumps(asdict(place)))
+
+
+def ask(store: Store, rank: int) -> tuple[int, bool]:
+    """Ask all ranks where they are. Gives the roll-call's number, and whether it is this rank's own, or another's."""
+    newest = store.get(_ASKED).decode() if store.check([_ASKED]) else ""
+    own = f"{int(newest.partition(' ')[0] or 0) + 1} {rank}"
+    standing = store.compare_set(_ASKED, newest, own).decode()
+    return int(standing.split()[0]), standing == own
+
+
+def gather(store: Store, call: int, world_size: int) -> dict[int, Answer | None]:
+    """Every rank's answer; None from those that give none within `WAIT_S`."""
+    keys = [f"rollcall/{call}/{rank}" for rank in range(world_size)]
+    deadline = time.monotonic() + WAIT_S
+    while not store.check(keys) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    found = [store.get(key) if store.check([key]) else None for key in keys]
+    return {rank: Answer(**json.loads(said)) if said is not None else None for rank, said in enumerate(found)}
+
+
+def silence(store: Store, rank: int) -> str:
+    """Why a rank may give no answer: the state of its process, if that is on this machine."""
+    if not store.check([f"rollcall/process/{rank}"]):
+        return "has not come this far"
+    where, process = json.loads(store.get(f"rollcall/process/{rank}"))
+    of = f"process {process['pid']} on {where['host']}"
+    if Place(**where) != Place.here():
+        return f"gives no answer: stopped, or out of reach ({of})"
+    if not Process(**process).alive:
+        return f"has ended ({of})"
+    try:
+        state = Path(f"/proc/{process['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return f"has ended ({of})"
+    meaning = {
+        "T": "it is stopped (SIGSTOP)",
+        "t": "it is stopped by a debugger",
+        "D": "it is stuck in the kernel, on a disk or a file server",
+        "R": "it runs, and does not let go of the interpreter",
+    }.get(state, f"its state is {state}")
+    return f"gives no answer: {meaning} ({of})"
+
+
+def report(store: Store, rank: int, world_size: int) -> str:
+    """Call the roll, and put the answers into words."""
+    call, _ = ask(store, rank)
+    return judge(gather(store, call, world_size), partial(silence, store), 0.0).text
+
+
+def explain_timeout(
+    store: Store, rank: int, world_size: int, heartbeat: Heartbeat, timeout_s: float
+) -> CollectiveTimeout:
+    """Call the roll for a collective that has just timed out on this rank's main thread."""
+    with heartbeat.waiting("a collective"):
+        own, _ = ask(store, rank)
+        # Ranks time out one after the other; the first to do so asks for all, before anyone has left.
+        call = int(store.compare_set("rollcall/timeout", "", str(own)))
+        answers = gather(store, call, world_size)
+    verdict = judge(answers, partial(silence, store), timeout_s)
+    return CollectiveTimeout(
+        f"a collective did not complete within {timeout_s:g} s (launch.timeout_s):\n{verdict.text}"
+    )
+
+
+# ---------------------------------------------------------------------- what it means
+
+
+def judge(answers: Mapping[int, Answer | None], silence: Callable[[int], str], timeout_s: float) -> Verdict:
+    """Say who is late, and whether that cannot go on.
+
+    Args:
+        answers: by rank.
+        silence: what is known of a rank without an answer.
+        timeout_s: seconds without anything done that are too long.
+    """
+    silent = [rank for rank, answer in answers.items() if answer is None]
+    there = {rank: answer for rank, answer in answers.items() if answer is not None}
+    waiting = {rank: answer for rank, answer in there.items() if _waits(answer, there, timeout_s)}
+    late = {rank: answer for rank, answer in there.items() if rank not in waiting}
+    # Half of it: the late ones began what they are at a little later than those that now wait for them.
+    stuck = [rank for rank, each in late.items() if each.phase not in _EXEMPT and each.still_s >= timeout_s / 2]
+    lines = [f"rank {rank} {silence(rank)}" for rank in silent]
+    lines += [f"rank {rank} {_where(answer)}" for rank, answer in late.items()]
+    if not waiting:
+        return Verdict(False, "\n".join(["no rank waits for another:", *lines]))
+    waits = [f"rank {rank} waits for {_for(answer)}" for rank, answer in waiting.items()]
+    if not late and not silent:
+        head = "all ranks wait, for different things or in collectives that do not match: they have parted ways"
+        return Verdict(True, "\n".join([f"{head}:", *waits]))
+    is_stalled = bool(stuck or silent)
+    stacks = [
+        "\n".join([f"rank {rank}, Python stack:", *late[rank].stack])
+        for rank in stuck
+        if is_stalled and late[rank].stack
+    ]
+    return Verdict(is_stalled, "\n".join([*lines, *waits, *stacks]))
+
+
+def _waits(answer: Answer, there: Mapping[int, Answer], timeout_s: float) -> bool:
+    if answer.waits_for is not None:
+        return True
+    # On a GPU the main thread may be anywhere while its collective waits: it is ahead of others that have not come.
+    return answer.still_s >= timeout_s / 2 and answer.collectives > min(each.collectives for each in there.values())
+
+
+def _where(answer: Answer) -> str:
+    return f"({answer.phase}, {answer.step} steps done) has done nothing for {answer.still_s:.0f} s, at {answer.at}"
+
+
+def _for(answer: Answer) -> str:
+    what = answer.waits_for or "a collective"
+    number = f" (its number {answer.collectives})" if what == "a collective" else ""
+    return f"{what}{number}, {answer.phase}, {answer.step} steps done, at {answer.at}"
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective has not completed in time, by gloo's words or NCCL's."""
+    text = str(error).lower()
+    return "timed out" in text or "collective operation timeout" in text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +18,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ddpkit import errors
+from ddpkit import requeue
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
-from ddpkit.errors import EXIT_STOPPED, DdpkitError, SaveFailed, StopRequested, UserError
+from ddpkit.errors import EXIT_STOPPED, SaveFailed, UserError
 from ddpkit.loader import Loader
 from ddpkit.model import unwrap
 from ddpkit.permutation import derive
 from ddpkit.record import Recorder
+from ddpkit.sampler import Pass
 from ddpkit.seeding import seed_generators
 from ddpkit.state import pack, rng_state, set_rng_state
 
@@ -110,14 +111,17 @@ class Run:
         self._tried_at = time.monotonic()
         self._save_is_due = False
         self._in_epochs = False
+        self._counted: Pass | None = None
+        self._step_began: float | None = None
         self._logged = (time.monotonic(), 0, 0)
         self._claim: Claim | None = None
         self._recorder: Recorder
         self._store: CheckpointStore
 
     def __enter__(self) -> Run:
+        ranks = self._rt.ranks
         try:
-            self._on_main("run_dir", self._take_directory)
+            ranks.on_main("run_dir", self._take_directory)
             self._recorder = Recorder(self._run_dir, self._rt.is_main, self._attempt.number)
             self._stack.callback(self._recorder.close)
             self._store = CheckpointStore(
@@ -128,18 +132,26 @@ class Run:
                 warn=self._warn,
                 fence=self._fence,
             )
-            self._on_main("leftovers", self._store.clean)
+            self._rt.begin(self._run_dir, self._note_requeue)
+            self._stop_before_the_first_step()
+            ranks.on_main("leftovers", self._store.clean)
             self._check_state()
-            self._restore()
-            self._on_main("config", self._store_config)
+            with self._rt.heartbeat.during("restoring"):
+                self._restore()
+            ranks.on_main("config", self._store_config)
+            self._stop_before_the_first_step()
         except BaseException:
             self._stack.close()
             raise
+        if self._loader is not None:
+            self._loader.on_fetch = self._on_fetch
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
             self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
+        if self._loader is not None:
+            self._loader.on_fetch = None
         self._stack.close()
 
     # -- a loop of one's own ---------------------------------------------------------------------------------------
@@ -154,7 +166,7 @@ class Run:
         while self.progress.epoch < count:
             self._in_epochs = True
             yield self.progress.epoch
-            self.end_epoch()
+            self.end_epoch(is_last=self.progress.epoch + 1 >= count)
         self.finish()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -206,29 +218,36 @@ class Run:
         self.progress.step += 1
         if self._loader is not None:
             self.progress.samples = self._loader.consumed
+            self._counted = self._loader.current
+        self._tell_step()
         if self.progress.step % self._log_every == 0:
             self._record_step(values, weight)
         if self._every_steps is not None and self.progress.step % self._every_steps == 0:
             self._save_is_due = True
 
-    def boundary(self) -> None:
+    def boundary(self, may_stop: bool = True) -> None:
         """The second half of `step`: save when due, stop when agreed."""
         # An epoch's last step is saved by `end_epoch`, when the work that belongs to the epoch has been done too.
         if self._in_epochs and self._loader is not None and self._loader.at_end:
             return
         if self._save_is_due:
             self._save()
-        if (reason := self._rt.stop.poll()) is not None:
+        if may_stop and (reason := self._rt.stop.poll()) is not None:
             self.leave(reason)
+        self._rt.heartbeat.phase = "loading"  # what comes next; `_on_fetch` ends it
+        self._step_began = time.monotonic()
 
-    def end_epoch(self) -> None:
-        """Close the epoch: the loaders go to the next one; save when due, stop when agreed."""
+    def end_epoch(self, is_last: bool = False) -> None:
+        """Close the epoch: the loaders go to the next one; save when due, stop when agreed.
+
+        After the last epoch of the run a stop comes too late to matter: all that is left is `finish`.
+        """
         self._in_epochs = False
         for loader in self._objects.values():
             if isinstance(loader, Loader):
                 loader.end_epoch()
         self.progress.epoch += 1
-        self.boundary()
+        self.boundary(may_stop=not is_last)
 
     def record(self, kind: str, values: Mapping[str, float], **clock: float) -> None:
         """Write a line of metrics for the present step; ``kind`` is "train" or "eval". ``clock``: seconds by name."""
@@ -248,8 +267,21 @@ class Run:
             SaveFailed: it could not be.
         """
         self._save(must=True)
-        self._recorder.event("stopped", step=self.progress.step, reason=reason)
-        raise StopRequested(reason)
+        self._depart(reason)
+
+    def _depart(self, reason: str) -> NoReturn:
+        step, latency_s = self.progress.step, self._rt.stop.latency_s
+        self._recorder.event("stopped", step=step, reason=reason, time={"latency_s": round(latency_s, 4)})
+        if self._rt.is_main:
+            log.info("stopped at step %d (%s), saved %.1f s after the request", step, reason, latency_s)
+        self._rt.leave(reason)
+
+    def _note_requeue(self, step: int, why: str) -> None:
+        self._recorder.event(requeue.EVENT, step=step, reason=why)
+
+    def _stop_before_the_first_step(self) -> None:
+        if (reason := self._rt.stop.poll()) is not None:
+            self._depart(reason)  # all that there is to save is there already
 
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
@@ -257,6 +289,31 @@ class Run:
         self._recorder.event("finished", step=self.progress.step)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _on_fetch(self, is_done: bool) -> None:
+        """What the loader calls around a fetch: before an optimizer step has begun, a stop may take place here too.
+
+        Not once a pass of the step has been given out (also by a loader beside a second one): its samples would be
+        lost. Not in the work of an epoch's end.
+        """
+        loader = self._loader
+        assert loader is not None  # it calls
+        if loader.current is not self._counted or (self._in_epochs and loader.at_end):
+            return
+        stop = self._rt.stop
+        # Nothing that a rank does for others comes after a fetch without a poll: the wait for one may be left.
+        if (reason := stop.poll() if is_done else stop.look()) is not None:
+            self.leave(reason)
+        if is_done:
+            self._rt.heartbeat.phase = "training"
+
+    def _tell_step(self) -> None:
+        heartbeat = self._rt.heartbeat
+        heartbeat.step = self.progress.step
+        heartbeat.phase = "training"
+        if self._step_began is not None:  # not the first one, which also compiles and allocates
+            heartbeat.stepped(time.monotonic() - self._step_began)
+            self._step_began = None
 
     def _record_step(self, values: Mapping[str, Any], weight: float | None) -> None:
         part = self._loader.current if self._loader is not None else None
@@ -289,6 +346,10 @@ class Run:
         self._save_is_due = False
         if self._saved == asdict(self.progress):
             return
+        with self._rt.heartbeat.during("saving"):
+            self._try_to_save(must)
+
+    def _try_to_save(self, must: bool) -> None:
         started = self._tried_at = time.monotonic()
         self._recorder.make_durable()  # the lines up to this step, before the checkpoint that counts on them
         try:
@@ -303,6 +364,7 @@ class Run:
         self._failures = 0
         self._saved = asdict(self.progress)
         seconds = round(time.monotonic() - started, 4)
+        self._rt.heartbeat.saved(seconds)
         if saved.written:
             self._recorder.event("saved", step=saved.step, bytes=saved.bytes, seconds=seconds)
 
@@ -357,6 +419,7 @@ class Run:
                 item.load_state_dict(loaded.main[name])
         self.progress = Progress(**loaded.progress)
         self._saved = dict(loaded.progress)
+        self._rt.heartbeat.step = self.progress.step
         if loaded.own is not None:
             set_rng_state(loaded.own["rng"], self._rt.device)
         else:  # there were fewer ranks: this one's stream begins here, the same in every such restart
@@ -376,7 +439,10 @@ class Run:
             self._run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {self._run_dir} cannot be made: {error.strerror}") from error
-        claimant = Claimant.here(self._attempt.launcher_pid, restart_count=self._rt.world.restart_count)
+        allocation = self._rt.world.allocation
+        # A requeued job, on whatever node, takes over at once from its own start before.
+        job_id, restarts = (None, self._rt.world.restart_count) if allocation is None else allocation[:2]
+        claimant = Claimant.here(self._attempt.launcher_pid, job_id, restarts)
         self._claim = self._stack.enter_context(acquire(self._run_dir, claimant, self._wait_for_claim_s))
 
     def _store_config(self) -> None:
@@ -396,19 +462,6 @@ class Run:
     def _warn(self, message: str) -> None:
         if self._rt.is_main:
             log.warning("%s", message)
-
-    def _on_main(self, name: str, action: Callable[[], Any]) -> None:
-        """Rank zero acts; if one of our errors comes of it, all ranks raise it. Collective."""
-        failure = None
-        if self._rt.is_main:
-            try:
-                action()
-            except DdpkitError as error:
-                failure = [type(error).__name__, str(error)]
-        failure = self._rt.ranks.decide(name, failure)
-        if failure is not None:
-            kind: type[DdpkitError] = getattr(errors, failure[0], DdpkitError)
-            raise kind(failure[1])
 
 
 def _number(value: Any) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,21 @@ from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
 from ddpkit import model as models
-from ddpkit import rendezvous, rollcall
-from ddpkit.agree import RankFailed, Ranks, is_consequence
-from ddpkit.errors import StopRequested, UserError
+from ddpkit import rendezvous, requeue, rollcall
+from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
+from ddpkit.allocation import ENDS, AllocationWatch
+from ddpkit.checkpoint import listing as checkpoints
+from ddpkit.errors import NoProgress, StopRequested, UserError
 from ddpkit.fetching import LoaderOptions
+from ddpkit.heartbeat import Heartbeat
 from ddpkit.loader import Loader
 from ddpkit.permutation import derive
+from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
-from ddpkit.stop import StopVote, stop_on_signals
-from ddpkit.world import World
+from ddpkit.stall import StallWatch
+from ddpkit.stop import Requests, StopVote
+from ddpkit.world import Allocation, World
 
 log = logging.getLogger("ddpkit")
 
@@ -45,11 +51,30 @@ class Runtime:
         device: this rank's.
         ranks: agreements outside of tensors.
         stop: the vote on stopping.
+        heartbeat: what this rank is doing, for those who ask.
     """
 
-    def __init__(self, world: World, *, seed: int, backend: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        seed: int,
+        backend: str,
+        timeout_s: float,
+        stall_timeout_s: float = 600.0,
+        warning_signal: str = "USR2",
+        max_idle_requeues: int = 3,
+        run_dir: Path | None = None,
+    ) -> None:
         self.world = world
         self.seed = seed
+        self.heartbeat = Heartbeat()
+        self._has_begun = False
+        self._note_requeue: Callable[[int, str], None] = self._note_before_the_run
+        self._stall_timeout_s = stall_timeout_s
+        self._warning_signal = warning_signal
+        self._max_idle_requeues = max_idle_requeues
+        self._run_dir = run_dir
         self.device = choose_device(world, backend)
         self._backend = ("nccl" if self.device.type == "cuda" else "gloo") if backend == "auto" else backend
         self._timeout_s = timeout_s
@@ -62,9 +87,18 @@ class Runtime:
     def __enter__(self) -> Runtime:
         seed_generators(derive(self.seed, "start"))  # the same on all ranks, for the model's initialisation
         try:
+            # First: a stop that comes before the group has formed is to be one of all ranks, too.
+            requests = self._stack.enter_context(Requests(self._stop_signals()))
             self._form_group()
-            self.stop = self._stack.enter_context(StopVote(self.world, self._connect))
-            self._stack.enter_context(stop_on_signals(self.stop))
+            self.stop = self._stack.enter_context(StopVote(self.world, requests, self._connect, self.heartbeat))
+            watch = StallWatch(self.world, self._connect, self.heartbeat, self._stall_timeout_s)
+            self._stack.enter_context(watch)
+            if self.world.allocation is not None and self.is_main:
+                self._stack.enter_context(
+                    AllocationWatch(
+                        self.world.allocation, self.heartbeat, self.stop.request, self._come_back_as_saved_last
+                    )
+                )
         except BaseException:
             self._stack.close()
             raise
@@ -109,6 +143,7 @@ class Runtime:
             sync_batchnorm: have BatchNorm layers see the batch of all ranks.
             ddp: passed on to `torch.nn.parallel.DistributedDataParallel`.
         """
+        self.stop_before_the_run()
         wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **ddp)
         self._stack.callback(models.release, wrapped)
         if not self._has_own_stream:  # once: a second model must not have the same numbers drawn again
@@ -252,13 +287,95 @@ class Runtime:
         """
         return evaluation.mean(self, values, weights)
 
-    def main_first(self, scope: str = "global") -> AbstractContextManager[None]:
+    @contextmanager
+    def main_first(self, scope: str = "global") -> Iterator[None]:
         """Rank zero (or with ``scope="node"`` the first rank of each node) runs the block first. Collective."""
-        return self.ranks.main_first(scope)
+        self.stop_before_the_run()
+        leads = self.rank == self.ranks.leader(scope)
+        with self.ranks.main_first(scope):
+            if not leads:
+                self.stop_before_the_run()
+            yield
+        if leads:
+            self.stop_before_the_run()
 
     def barrier(self, name: str, timeout_s: float | None = None) -> None:
         """Wait for all ranks; a barrier that times out names those that did not come. Collective."""
         self.ranks.barrier(name, timeout_s if timeout_s is not None else self._timeout_s)
+
+    def stop_before_the_run(self) -> None:
+        """Leave here, if the ranks have agreed to, as long as no run is open. Collective, as every unit of work.
+
+        Raises:
+            StopRequested: there is nothing to save that is not there already.
+        """
+        if not self._has_begun and (reason := self.stop.poll()) is not None:
+            self.leave(reason)
+
+    def begin(self, run_dir: Path, note_requeue: Callable[[int, str], None]) -> None:
+        """A run is being opened: from here it is the run that stops, at its own places.
+
+        Args:
+            run_dir: of the run.
+            note_requeue: writes down that the job comes back; see `requeue.ask`.
+        """
+        self._has_begun, self._run_dir, self._note_requeue = True, run_dir, note_requeue
+
+    def leave(self, reason: str) -> NoReturn:
+        """Leave, as all ranks have agreed; what there was to save is saved. Collective.
+
+        Where Slurm itself has started the ranks, nobody but them is there to see to the job's return.
+
+        Args:
+            reason: what the vote said.
+
+        Raises:
+            StopRequested: always, but
+            NoProgress: the job has come back too often, and got nowhere.
+        """
+        if (allocation := self._own_allocation) is not None:
+            signal_name = None if reason.startswith(ENDS) else reason
+            self.ranks.on_main("requeue", lambda: self._come_back(allocation, signal_name))
+        raise StopRequested(reason)
+
+    @property
+    def _own_allocation(self) -> Allocation | None:
+        """The Slurm job whose return is for these ranks to see to."""
+        return None if self.world.has_launcher else self.world.allocation
+
+    def _come_back(self, allocation: Allocation, signal_name: str | None) -> None:
+        directory = checkpoints.checkpoints_directory(self._run_dir) if self._run_dir is not None else None
+        saved = checkpoints.complete(directory) if directory is not None else []
+        requeue.ask(
+            allocation,
+            signal_name=signal_name,
+            warning_signal=self._warning_signal,
+            run_dir=self._run_dir,
+            step=saved[0][0] if saved else 0,
+            max_idle=self._max_idle_requeues,
+            note=self._note_requeue,
+        )
+
+    def _come_back_as_saved_last(self) -> None:
+        """The job is about to end, and its ranks are not: one of them is stuck, maybe. From the allocation's thread."""
+        where = rollcall.report(self._connect(), self.rank, self.world_size) if self.world_size > 1 else ""
+        log.warning("the allocation ends, and the ranks have not stopped in time.\n%s", where)
+        if (allocation := self._own_allocation) is not None:
+            try:
+                self._come_back(allocation, None)
+            except NoProgress as error:
+                log.warning("%s", error)
+
+    def _note_before_the_run(self, step: int, why: str) -> None:
+        if self._run_dir is not None and self._run_dir.is_dir():
+            recorder = Recorder(self._run_dir, is_main=True, attempt=0)
+            recorder.event(requeue.EVENT, step=step, reason=why)
+            recorder.close()
+
+    def _stop_signals(self) -> list[signal.Signals]:
+        # Outside of Slurm the warning signal is the user's own.
+        warning = [signal.Signals[f"SIG{self._warning_signal}"]] if self.world.allocation is not None else []
+        return [signal.SIGTERM, signal.SIGINT, *warning]
 
     def _connect(self) -> Store:
         return PrefixStore(f"runtime/{self._entry}", rendezvous.connect(self.world, self._timeout_s))
@@ -269,7 +386,7 @@ class Runtime:
         # A script may enter one runtime after another; what the one before left in the store must not be read.
         self._entry = store.add(f"entered/{self.rank}", 1)
         self.store = PrefixStore(f"runtime/{self._entry}", store)
-        self.ranks = Ranks(self.world, PrefixStore("agree", self.store))
+        self.ranks = Ranks(self.world, PrefixStore(AGREEMENTS, self.store), self.heartbeat)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world_size == 1:
@@ -298,13 +415,13 @@ class Runtime:
 
     def _who_is_late(self, error: BaseException) -> BaseException:
         try:
-            return rollcall.call(self.store, self.rank, self.world_size, self._timeout_s)
+            return rollcall.explain_timeout(self.store, self.rank, self.world_size, self.heartbeat, self._timeout_s)
         except Exception as asking:  # noqa: BLE001 - the store may be what failed; the error itself matters
             log.debug("no roll-call: %s", asking)
             return error
 
     def _tell_failure(self, error: BaseException) -> None:
-        if self.world_size > 1 and is_consequence(error) and "Timed out" in str(error):
+        if self.world_size > 1 and is_consequence(error) and rollcall.is_timeout(error):
             late = self._who_is_late(error)
             if late is not error:
                 self._tell_failure(late)
@@ -318,19 +435,43 @@ class Runtime:
             raise RankFailed(f"rank {rank} failed: {cause}") from error
 
 
-def runtime(seed: int = 0, *, backend: str = "auto", timeout_s: float = 1800.0, world: World | None = None) -> Runtime:
+def runtime(
+    seed: int = 0,
+    *,
+    backend: str = "auto",
+    timeout_s: float = 1800.0,
+    stall_timeout_s: float = 600.0,
+    warning_signal: str = "USR2",
+    max_idle_requeues: int = 3,
+    world: World | None = None,
+) -> Runtime:
     """The entry for a script of one's own: ``with ddpkit.runtime(seed=0) as rt``.
 
     Args:
         seed: of everything random.
         backend: "auto" takes nccl on GPUs and gloo on CPU; "gloo" stays on the CPU.
         timeout_s: of collectives, in seconds.
+        stall_timeout_s: seconds without any progress, while ranks wait for each other, after which each is asked where
+            it is, and the run ends.
+        warning_signal: under Slurm, the signal that comes before the time limit ("USR1", "USR2" or "HUP"); it asks for
+            a stop, as SIGTERM does.
+        max_idle_requeues: under Slurm, how often in a row a job comes back without having got any further.
         world: who this rank is; by default read from the environment of whatever launcher started it, if any.
 
     Raises:
         UserError: the environment is half-set or contradicts itself, or there are more ranks than GPUs.
     """
-    return Runtime(world or World.from_env(), seed=seed, backend=backend, timeout_s=timeout_s)
+    if warning_signal not in ("USR1", "USR2", "HUP"):
+        raise UserError(f"runtime: warning_signal={warning_signal!r}; choose USR1, USR2 or HUP")
+    return Runtime(
+        world or World.from_env(),
+        seed=seed,
+        backend=backend,
+        timeout_s=timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        warning_signal=warning_signal,
+        max_idle_requeues=max_idle_requeues,
+    )
 
 
 def _is_orderly(error: BaseException) -> bool:

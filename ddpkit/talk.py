@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore  # where torch.distributed has it from, with its type
 
 from ddpkit import rendezvous, world
-from ddpkit.agree import Ranks
+from ddpkit.agree import AGREEMENTS, Ranks
 from ddpkit.errors import DdpkitError
 from ddpkit.session import choose_device
 from ddpkit.world import World
@@ -56,7 +56,7 @@ def check(me: World | None = None) -> list[str]:
             raise Unreachable(
                 f"rank {me.rank} on {me.host} cannot reach rank 0 at {where} within {_MEET_S:g} s: {error}"
             ) from error
-        ranks = Ranks(me, PrefixStore("agree", store))
+        ranks = Ranks(me, PrefixStore(AGREEMENTS, store))
         address = own_address(me)
         port = stack.enter_context(_listening(address))
         offers = ranks.exchange("the roll-call", [me.host, address, port], _MEET_S)

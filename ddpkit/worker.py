@@ -47,7 +47,17 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
     config = from_tree(tree)
     world = World.from_env()
     check(config, world)
-    with Runtime(world, seed=config.seed, backend=config.launch.backend, timeout_s=config.launch.timeout_s) as rt:
+    launch = config.launch
+    with Runtime(
+        world,
+        seed=config.seed,
+        backend=launch.backend,
+        timeout_s=launch.timeout_s,
+        stall_timeout_s=launch.stall_timeout_s,
+        warning_signal=launch.warning_signal,
+        max_idle_requeues=launch.max_idle_requeues,
+        run_dir=Path(config.run_dir) if kind == "run" else None,
+    ) as rt:
         if kind == "run":
             record = options.get("config") or dump(config)
             train(rt, config, Attempt(options["attempt"], options.get("launcher_pid"), record))
@@ -63,10 +73,16 @@ def check(config: Config, world: World) -> None:
 
 
 def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
-    """Build everything from the config, and train to the end. Collective."""
+    """Build everything from the config, and train to the end. Collective.
+
+    What the user's code does here may take long: between its parts a stop can take place.
+    """
     _set_determinism(config)
+    rt.stop_before_the_run()
     module = _module(config)
+    rt.stop_before_the_run()
     train_set = _dataset(config, "data.train")
+    rt.stop_before_the_run()
     evaluation = _evaluation(rt, config)
     if config.model.compile:
         module.compile()

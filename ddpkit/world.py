@@ -29,6 +29,8 @@ class Allocation(NamedTuple):
     """Slurm's name of this node."""
     array_index: int | None
     """Which job of an array of jobs this is."""
+    ends_at: float | None = None
+    """When Slurm will end it, in seconds since the epoch; None where its version sets no such variable."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ def allocation(env: Mapping[str, str]) -> Allocation | None:
         return None
     restarts = _number(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0  # absent at first
     index = _number(env, "SLURM_ARRAY_TASK_ID") if "SLURM_ARRAY_TASK_ID" in env else None
-    return Allocation(env["SLURM_JOB_ID"], restarts, env.get("SLURMD_NODENAME"), index)
+    ends_at = float(_number(env, "SLURM_JOB_END_TIME")) if "SLURM_JOB_END_TIME" in env else None
+    return Allocation(env["SLURM_JOB_ID"], restarts, env.get("SLURMD_NODENAME"), index, ends_at)
 
 
 def environment() -> dict[str, str]:

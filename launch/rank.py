@@ -15,6 +15,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 import types
 from importlib.machinery import SourceFileLoader
@@ -24,7 +25,7 @@ from typing import Any
 import cloudpickle
 
 from ddpkit import world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DdpkitError, UserError
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DdpkitError, Stalled, UserError
 
 from .carrying import carried
 from .causes import cause_of, explain
@@ -50,6 +51,7 @@ def run(job: Job, order: RankOrder) -> int:
     sys.path[0:1] = job.search_path
     faulthandler.register(STACK_SIGNAL, file=order.stacks, all_threads=True)
     me = os.getpid()
+    _report_stalls(order, with_exception=job.kind == "call")
     try:
         _do(job, order)
     except BaseException as error:
@@ -69,6 +71,19 @@ def run(job: Job, order: RankOrder) -> int:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     return EXIT_DONE
+
+
+def _report_stalls(order: RankOrder, with_exception: bool) -> None:
+    """Where the main thread is stuck for good, it is another one that says so, and ends the process."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, Stalled):
+            report_failure(order, args.exc_value, EXIT_FAILED, with_traceback=False, with_exception=with_exception)
+        else:
+            before(args)
+
+    threading.excepthook = hook
 
 
 def _do(job: Job, order: RankOrder) -> None:

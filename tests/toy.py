@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import time
@@ -43,7 +44,7 @@ class Plain(Augmented):
 class Stream(IterableDataset[tuple[Tensor, Tensor, int]]):
     """The same samples in order, one after the other."""
 
-    def __init__(self, dataset: Augmented) -> None:
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
     def __iter__(self) -> Any:
@@ -62,6 +63,12 @@ def dataset(
     kind = Augmented if augment else Plain
     made = kind(length, features, delay_s, getattr(torch, dtype))
     return Stream(made) if stream else made
+
+
+def spawning_dataset(**args: Any) -> Dataset[Any]:
+    """The same, and loader workers that are started anew, each with its imports."""
+    multiprocessing.set_start_method("spawn", force=True)
+    return dataset(**args)
 
 
 def model(

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 from torch import Tensor, nn
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from tests import toy
 
@@ -37,6 +37,7 @@ class Fault:
         path: an audit event counts if its arguments contain this.
         do: the signal's name.
         whom: "self", "parent", "grandparent", "group" (this process and its siblings) or "all" of them.
+        hangs_s: seconds for which this process then does nothing.
     """
 
     at: str
@@ -45,6 +46,7 @@ class Fault:
     path: str = ""
     do: str = "SIGKILL"
     whom: str = "self"
+    hangs_s: float = 0.0
 
 
 def plan(directory: Path, *faults: Fault) -> dict[str, str]:
@@ -124,6 +126,7 @@ def _happen(fault: Fault) -> None:
         process.send_signal(number)
     if number == signal.SIGKILL:
         time.sleep(60)  # whoever was killed takes this process along; nothing more may happen here
+    time.sleep(fault.hangs_s)
     _until_agreed()
 
 
@@ -147,19 +150,20 @@ def watch() -> _Watch:
 class Faulty(Dataset[Any]):
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
+        self.rank_pid = os.getpid()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        if get_worker_info() is not None:
+        if os.getpid() != self.rank_pid:  # `get_worker_info` is hidden from streams
             watch().come_to("fetch")
         return self.dataset[index]
 
 
-def dataset(**args: Any) -> Any:
-    made = toy.dataset(**args)
-    return made if args.get("stream") else Faulty(made)
+def dataset(stream: bool = False, **args: Any) -> Any:
+    made: Any = Faulty(toy.dataset(**args))
+    return toy.Stream(made) if stream else made
 
 
 def model(**args: Any) -> nn.Module:

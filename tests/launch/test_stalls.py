@@ -1,0 +1,123 @@
+"""A rank that is stopped or dead-locked while the others wait: named, with what it is at, and ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.shell import Shell, finish, wait_for
+
+STEPS = """
+import os, signal, sys, threading, time, torch, ddpkit
+what, attempt = sys.argv[1], os.environ["TORCHELASTIC_RESTART_COUNT"]
+lock = threading.Lock()
+
+def get_stuck():
+    lock.acquire()
+    lock.acquire()  # for ever
+
+with ddpkit.runtime(stall_timeout_s=3, timeout_s=300) as rt:
+    if what == "slow":
+        with rt.main_first():
+            if rt.is_main:
+                time.sleep(9)
+    model = rt.wrap(torch.nn.Linear(2, 1))
+    for step in range(8):
+        if step == 4 and rt.rank == 1 and attempt == "0":
+            if what == "lock":
+                get_stuck()
+            if what == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if what == "alone":
+                time.sleep(2)
+        model(torch.ones(1, 2)).sum().backward()
+    print("done", rt.rank, flush=True)
+"""
+
+
+def _start(shell: Shell, what: str, *options: str) -> Any:
+    shell.script("steps.py", STEPS)
+    return shell.start("launch", *options, "--nproc-per-node", "3", "--run-dir", "kept", "steps.py", what)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_is_named_and_ended(shell: Shell) -> None:
+    done = finish(_start(shell, "stop"), 40)
+    assert done.returncode == 1
+    assert "no progress for" in done.stderr and "(launch.stall_timeout_s)" in done.stderr
+    assert "rank 1 gives no answer: it is stopped (SIGSTOP)" in done.stderr
+    assert "rank 0 waits for a collective" in done.stderr and "rank 2 waits for a collective" in done.stderr
+    failure = json.loads((shell.cwd / "kept/failure.json").read_text())
+    assert "Stalled" in json.dumps(failure) and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_dead_lock_is_shown_with_its_stack(shell: Shell) -> None:
+    done = finish(_start(shell, "lock"), 40)
+    assert done.returncode == 1
+    assert "rank 1 (starting, 0 steps done) has done nothing" in done.stderr
+    assert "rank 1, Python stack:" in done.stderr
+    assert "in get_stuck" in done.stderr and "lock.acquire()  # for ever" in done.stderr
+    assert "rank 0, Python stack" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stall_is_restarted_as_any_failure_is(shell: Shell) -> None:
+    done = finish(_start(shell, "stop", "-o", "launch.max_restarts=1"), 60)
+    assert done.returncode == 0, done.stderr
+    assert "rank 1 gives no answer: it is stopped" in done.stderr and "restarting all ranks" in done.stderr
+    assert done.stdout.count("done") >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["slow", "alone"])
+def test_work_that_others_wait_for_is_no_stall(shell: Shell, what: str) -> None:
+    done = finish(_start(shell, what), 60)
+    assert done.returncode == 0, done.stderr
+    assert "Stalled" not in done.stderr
+
+
+@pytest.mark.slow
+def test_without_a_launcher_a_dead_locked_rank_ends_too(shell: Shell) -> None:
+    # As under srun, where nobody ends the others: rank 0 serves the store, and finds the stall.
+    shell.script("steps.py", STEPS)
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        port = str(chosen.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": "0"}
+    ranks = []
+    for rank in ("0", "1"):
+        env = world | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(shell.start("steps.py", "lock", prefix=(sys.executable,), env=env))
+    first, second = (finish(rank, 60) for rank in ranks)
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "ddpkit.errors.Stalled: no progress for" in first.stderr and "in get_stuck" in first.stderr
+    assert "rank 0 has found that the run is stalled" in second.stderr
+
+
+@pytest.mark.slow
+def test_a_suspended_job_goes_on_as_if_nothing_had_happened(shell: Shell) -> None:
+    shell.config(
+        launch={"nproc_per_node": 2, "stall_timeout_s": 2.0},
+        train={"step": "tests.toy:slow_step", "eval_step": "tests.toy:eval_step", "epochs": 30},
+    )
+    child = shell.start("run", "config.yaml", stderr=subprocess.STDOUT)
+    wait_for(lambda: (shell.cwd / "run/metrics.jsonl").exists(), "steps")
+    launcher = psutil.Process(child.pid)
+    family = [launcher, *launcher.children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: all(process.status() == psutil.STATUS_STOPPED for process in family), "the suspension")
+    time.sleep(7)  # longer than any rank may do nothing
+    for process in family:
+        process.send_signal(signal.SIGCONT)
+    done = finish(child, 60)
+    assert done.returncode == 0, done.stdout
+    assert "no progress" not in done.stdout

@@ -1,0 +1,64 @@
+"""What follows from the answers to a roll-call."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ddpkit.rollcall import Answer, is_timeout, judge
+
+WAITS = Answer("training", 7, "a collective", 10.0, collectives=30, at="train.py:9 in step: loss.backward()")
+LATE = Answer("training", 7, None, 9.0, 29, "train.py:5 in step: lock.acquire()", ["  File train.py, line 5"])
+
+
+def _judge(*answers: Answer | None, timeout_s: float = 10.0) -> tuple[bool, str]:
+    verdict = judge(dict(enumerate(answers)), lambda rank: f"is silent, says {rank}", timeout_s)
+    return verdict.is_stalled, verdict.text
+
+
+def test_a_late_rank_is_named_with_its_stack_and_who_waits_where() -> None:
+    is_stalled, text = _judge(WAITS, LATE, WAITS)
+    assert is_stalled
+    assert text.splitlines()[0].startswith("rank 1 (training, 7 steps done) has done nothing for 9 s, at train.py:5")
+    assert "rank 0 waits for a collective (its number 30), training" in text
+    assert text.endswith("rank 1, Python stack:\n  File train.py, line 5")
+
+
+def test_a_rank_without_an_answer_is_late() -> None:
+    is_stalled, text = _judge(WAITS, None)
+    assert is_stalled and text.startswith("rank 1 is silent, says 1\n")
+
+
+def test_ranks_that_all_wait_have_parted() -> None:
+    is_stalled, text = _judge(WAITS, replace(WAITS, waits_for="barrier end"))
+    assert is_stalled and "parted ways" in text and "rank 1 waits for barrier end, training" in text
+
+
+def test_a_rank_that_works_while_others_wait_is_let_be() -> None:
+    for busy in (replace(LATE, phase="main_first"), replace(LATE, phase="saving"), replace(LATE, still_s=4.9)):
+        is_stalled, text = _judge(WAITS, busy)
+        assert not is_stalled and "rank 1 (" in text
+
+
+def test_one_stuck_rank_is_enough_beside_one_that_works() -> None:
+    is_stalled, text = _judge(WAITS, replace(LATE, phase="saving", stack=["  File other"]), LATE)
+    assert is_stalled and "rank 2, Python stack" in text and "File other" not in text
+
+
+def test_nobody_waits() -> None:
+    is_stalled, text = _judge(LATE, LATE)
+    assert not is_stalled and text.startswith("no rank waits for another:\nrank 0 (training")
+
+
+def test_on_a_gpu_the_count_of_collectives_tells_who_waits() -> None:
+    ahead = replace(LATE, collectives=30, at="train.py:9 in step: loss.item()")
+    is_stalled, text = _judge(ahead, LATE, ahead)
+    assert is_stalled and "rank 2 waits for a collective (its number 30)" in text
+    assert text.startswith("rank 1 (") and "rank 0, Python stack" not in text
+    assert not _judge(replace(ahead, still_s=1), replace(LATE, still_s=1))[0]  # in passing
+
+
+def test_the_words_of_a_timeout() -> None:
+    gloo = "[unbound_buffer.cc:129] Timed out waiting 3000ms for send operation to complete"
+    nccl = "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=9)"
+    assert is_timeout(RuntimeError(gloo)) and is_timeout(RuntimeError(nccl))
+    assert not is_timeout(RuntimeError("Connection closed by peer [127.0.0.1]:1234"))
