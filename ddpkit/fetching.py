@@ -7,6 +7,7 @@ workers, the prefetching or the restarts. Collating happens beside the fetch, wi
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -182,6 +183,8 @@ class Fetcher:
     ) -> None:
         workers: dict[str, Any] = {}
         if options.num_workers:
+            # For workers' sockets: made here, or each makes a directory of its own, and leaves it when it is ended.
+            multiprocessing.util.get_temp_dir()
             workers = {
                 "prefetch_factor": options.prefetch_factor,
                 "persistent_workers": options.persistent_workers and fetches is not None,

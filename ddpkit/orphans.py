@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -42,13 +44,52 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(error, os.strerror(error))
 
 
-def end_session(session: int) -> None:
-    """SIGKILL every process of a session; this one last, should it be of it."""
+MARK = "DDPKIT_NODE"
+"""A variable of a node process, which all that is started there inherits; daemons with a session of their own too."""
+
+
+def end_marked(session: int, mark: str) -> None:
+    """SIGKILL every process of a session, and all whose environment has this `MARK`.
+
+    This process last, should it be of the session.
+    """
     me = os.getpid()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != me:
+    deadline = time.monotonic() + TIDY_S
+    while True:
+        is_late = time.monotonic() > deadline
+        waited_for = 0
+        for pid in _members(session, mark):
+            if pid == me:
+                continue
+            if tidies_up(pid) and not is_late:
+                waited_for += 1
+                continue
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                if os.getsid(int(entry.name)) == session:
-                    os.kill(int(entry.name), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        if not waited_for:
+            break
+        time.sleep(0.02)
     if os.getsid(0) == session:
         os.kill(me, signal.SIGKILL)
+
+
+def _members(session: int, mark: str) -> Iterator[int]:
+    variable = f"{MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile, or it is somebody else's
+                if os.getsid(int(entry.name)) == session or variable in (entry / "environ").read_bytes().split(b"\0"):
+                    yield int(entry.name)
+
+
+TIDY_S = 3.0
+"""How long those that `tidies_up` are given, once the others have gone; torch's waits 2 s for others to come."""
+
+
+def tidies_up(pid: int) -> bool:
+    """Whether a process ends by itself when its users have gone, and removes what they have left in /dev/shm."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return any(name in command for name in (b"multiprocessing.resource_tracker", b"torch_shm_manager"))

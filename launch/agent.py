@@ -13,10 +13,10 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -29,7 +29,7 @@ from ddpkit.orphans import adopt_orphans, on_parents_death
 from .job import STOP_SIGNALS, Terms
 from .lines import Lines
 from .memory import Watch
-from .node import end_descendants
+from .node import end_descendants, start_guard
 
 if TYPE_CHECKING:
     from .meeting import Meeting
@@ -39,23 +39,24 @@ _LOOK_AT_RANKS_S = 0.5  # the agent's own look; ours is told by the kernel
 _CLOSE_S = 4.0  # for other machines to hear of the end, and come to it too
 
 
-def main(control_fd: str, settings: str) -> int:
-    """Serve one launcher until it says to end, or is gone."""
+def main(control_fd: str, settings: str, scratch: str) -> int:
+    """Serve one launcher until it says to end, or is gone. ``scratch``: a directory to use and to remove."""
     control = socket.socket(fileno=int(control_fd))
     adopt_orphans()
     for number in STOP_SIGNALS:  # the launcher alone says what a stop means
         signal.signal(number, lambda *_: None)
+    start_guard(control, scratch)
     on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
     with world.adopted({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # or the store's end is told at length, on the console
         importlib.import_module("torch.distributed.launcher.api")
     importlib.import_module(f"{__package__}.meeting")
     on_parents_death(0)
-    with tempfile.TemporaryDirectory(prefix="ddpkit-agent-") as scratch:
-        agent = _Agent(control, json.loads(settings), scratch)
-        try:
-            agent.serve()
-        finally:
-            end_descendants()
+    agent = _Agent(control, json.loads(settings), scratch)
+    try:
+        agent.serve()
+    finally:
+        end_descendants()
+        shutil.rmtree(scratch, ignore_errors=True)  # if the launcher is not there to do so
     os._exit(0)  # the agent's thread may be anywhere, in a rendezvous that never comes about for one
 
 

@@ -36,7 +36,7 @@ def main(places: str) -> int:
         job = Job.from_json(json.load(file))
     given = told["order"]
     writers = {name: _open(agent, given[name], os.O_WRONLY) for name in RankOrder.PIPES}
-    order = RankOrder(world.rank, {}, **writers)
+    order = RankOrder(world.rank, {}, given["scratch"], **writers)
     if world.world_size not in (worlds := settings["worlds"]):
         # Seen with one machine's clock behind: an agent that trained as the only one, and said that all was well.
         rank.report_failure(

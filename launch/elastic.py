@@ -72,7 +72,8 @@ class ElasticNode(Node):
         self._stopped: DdpkitError | None = None  # the agent has, for this reason
 
     def _role(self, control: int) -> list[str]:
-        return ["agent", str(control), json.dumps({"terms": vars(self._terms), "endpoint": self._endpoint})]
+        settings = {"terms": vars(self._terms), "endpoint": self._endpoint}
+        return ["agent", str(control), json.dumps(settings), self._scratch]
 
     def number(self, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]) -> AttemptFile | Outcome:
         """Take the number of the next attempt, or hear it from the launcher that leads.

@@ -57,10 +57,11 @@ class Job:
 
 @dataclass(frozen=True)
 class RankOrder:
-    """One rank's part: its environment, and the descriptors that it writes to."""
+    """One rank's part: its environment, a directory for temporary files, and the descriptors that it writes to."""
 
     rank: int
     env: dict[str, str]
+    scratch: str
     stdout: int
     stderr: int
     report: int

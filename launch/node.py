@@ -18,6 +18,7 @@ import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from typing import Any
 import psutil
 
 from ddpkit import rendezvous, world
-from ddpkit.orphans import adopt_orphans, die_with_parent, end_session, on_parents_death
+from ddpkit.orphans import TIDY_S, adopt_orphans, die_with_parent, end_marked, on_parents_death, tidies_up
 
 from . import rank as rank_process
 from .job import STOP_SIGNALS, Job, RankOrder
@@ -41,8 +42,8 @@ from .memory import Watch
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
 
 
-def main(control_fd: str, start_method: str) -> int:
-    """Serve one launcher until it says to end, or is gone."""
+def main(control_fd: str, start_method: str, scratch: str) -> int:
+    """Serve one launcher until it says to end, or is gone. ``scratch``: a directory to remove at the end."""
     control = socket.socket(fileno=int(control_fd))
     # Orphans of ranks (loader workers of plain scripts) come to this process, which can then end them.
     adopt_orphans()
@@ -58,12 +59,13 @@ def main(control_fd: str, start_method: str) -> int:
         gc.freeze()  # the collector would write to every object's page in every rank
         on_parents_death(0)
     me = os.getpid()
-    node = _Node(control, start_method)
+    node = _Node(control, start_method, scratch)
     try:
         node.serve()
     finally:
         if os.getpid() == me:  # forked ranks leave through here too, with children that may outlive their script
             end_descendants()
+            shutil.rmtree(scratch, ignore_errors=True)  # if the launcher is not there to do so
     return 0
 
 
@@ -74,10 +76,11 @@ def _import_once() -> None:
 
 
 class _Node:
-    def __init__(self, control: socket.socket, start_method: str) -> None:
+    def __init__(self, control: socket.socket, start_method: str, scratch: str) -> None:
         self._control = control
         self._listener: socket.socket | None = None
         self._start_method = start_method
+        self._scratch = scratch
         self._lines = Lines()
         self._ranks: dict[int, int] = {}  # pid -> its place among the orders
         self._memory = Watch()
@@ -120,7 +123,7 @@ class _Node:
 
     def _start(self, job: Job, orders: list[RankOrder]) -> None:
         end_descendants()  # of an attempt before: its store, whose keys mislead plain scripts, and what ranks have left
-        _fork(partial(_guard, self._listener), self._control, [])
+        start_guard(self._control, self._scratch, self._listener)
         if self._listener is not None:  # it was sent ahead
             self._listener.close()
             self._listener = None
@@ -162,7 +165,12 @@ class _Node:
             self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _guard(listener: socket.socket | None) -> int:
+def start_guard(control: socket.socket, scratch: str, listener: socket.socket | None = None) -> None:
+    """Start a child that outlives this process by a moment; see `_guard`."""
+    _fork(partial(_guard, listener, scratch), control, [])
+
+
+def _guard(listener: socket.socket | None, scratch: str) -> int:
     """End what the ranks have started when the node process is gone; serve their store, if that falls to this node."""
     node = os.getppid()
     on_parents_death(signal.SIGTERM)  # blocked in this process, as in a new rank: only the wait below takes it
@@ -170,7 +178,8 @@ def _guard(listener: socket.socket | None) -> int:
     while os.getppid() == node:
         signal.sigwait(STOP_SIGNALS)
     del kept
-    end_session(node)  # the node process led it
+    shutil.rmtree(scratch, ignore_errors=True)
+    end_marked(node, scratch)  # the node process led this session
     return 0
 
 
@@ -225,8 +234,11 @@ def _spawn(job: Job, order: RankOrder) -> int:
 def end_descendants() -> None:
     """SIGKILL all that descends from this process, and again what comes to it as orphans meanwhile."""
     me = psutil.Process()
+    deadline = time.monotonic() + TIDY_S
     while children := me.children(recursive=True):
         for child in children:
+            if tidies_up(child.pid) and time.monotonic() < deadline:
+                continue
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         for child in me.children():

@@ -9,6 +9,7 @@ import faulthandler
 import io
 import json
 import logging
+import multiprocessing
 import os
 import runpy
 import signal
@@ -43,6 +44,8 @@ def run(job: Job, order: RankOrder) -> int:
     """Do the job as this rank, and say how it went. Returns the exit code of the process."""
     world.adopt(order.env)
     be_killed_first()
+    # Where multiprocessing puts its sockets, loader workers' too: those that are killed leave them behind.
+    multiprocessing.current_process()._config["tempdir"] = order.scratch  # type: ignore[attr-defined]  # private; there is no other way
     _redirect(order, takes_input=order.rank == 0 and job.kind in ("script", "module"))
     faulthandler.enable(all_threads=False)  # a crash in native code says where it was called from
     sys.path[0:1] = job.search_path

@@ -9,10 +9,12 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from ddpkit import orphans, rendezvous, world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError, UserError
 from ddpkit.world import World
 
 from .attempts import AttemptFile
@@ -156,7 +158,8 @@ class Node:
 
     def __enter__(self) -> Node:
         self._control, theirs = socket.socketpair()
-        self._ranks = [_with_pipes(self._place.first + index) for index in range(self._nproc)]
+        self._scratch = _scratch()
+        self._ranks = [_with_pipes(self._place.first + index, self._scratch) for index in range(self._nproc)]
         ends = [fd for rank in self._ranks for fd in rank.order.descriptors]
         self._process = subprocess.Popen(
             [
@@ -165,7 +168,7 @@ class Node:
                 *self._role(theirs.fileno()),
             ],
             pass_fds=[theirs.fileno(), *ends],
-            env=world.environment() | self._env,
+            env=world.environment() | self._env | {orphans.MARK: self._scratch},
             # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
             start_new_session=True,
         )
@@ -192,7 +195,9 @@ class Node:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        orphans.end_session(self._process.pid)  # what is left, should that process itself have been killed
+        orphans.end_marked(
+            self._process.pid, self._scratch
+        )  # what is left, should that process have been killed itself
         self._selector.close()
         self._control.close()
         for rank in self._ranks:
@@ -200,10 +205,11 @@ class Node:
                 os.close(fd)
         os.close(self._woken)
         os.close(self._wake)
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _role(self, control: int) -> list[str]:
         """What the child process is to be: its arguments."""
-        return ["node", str(control), self._start_method]
+        return ["node", str(control), self._start_method, self._scratch]
 
     def request(self, number: int) -> None:
         """Pass a stop signal on to every rank; a second one (Ctrl-C at once, SIGTERM after 2 s) ends them.
@@ -514,7 +520,18 @@ def _died_of(failure: Failure, name: str) -> bool:
     return failure.exit_code == -getattr(signal, name) or (name == "SIGINT" and failure.kind == "KeyboardInterrupt")
 
 
-def _with_pipes(rank: int) -> Rank:
+def _scratch() -> str:
+    """A directory for temporary files of the ranks: those that are killed remove nothing themselves."""
+    try:
+        return tempfile.mkdtemp(prefix="ddpk-")  # no longer than multiprocessing's own: sockets have short names
+    except OSError as error:
+        raise UserError(
+            f"no directory for temporary files can be made: {error.strerror or error}. Make room, or set TMPDIR to "
+            "another place."
+        ) from error
+
+
+def _with_pipes(rank: int, scratch: str) -> Rank:
     pipes = {name: os.pipe() for name in RankOrder.PIPES}
     writers = {name: pipe[1] for name, pipe in pipes.items()}
-    return Rank(rank, RankOrder(rank, {}, **writers), {name: pipe[0] for name, pipe in pipes.items()})
+    return Rank(rank, RankOrder(rank, {}, scratch, **writers), {name: pipe[0] for name, pipe in pipes.items()})

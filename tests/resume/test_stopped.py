@@ -49,7 +49,12 @@ PLACES: dict[str, tuple[dict[str, Any], list[Fault]]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+SLOW = {"while one rank waits for data", "while a stream is waited for"}
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=pytest.mark.slow) if place in SLOW else place for place in PLACES]
+)
 def test_a_stopped_run_ends_with_the_same_bits(place: str, tmp_path: Path) -> None:
     changes, faults = PLACES[place]
     assert start(tree(tmp_path / "reference", **changes), 2) == "done"
@@ -81,13 +86,6 @@ def test_a_stop_at_the_very_last_step_comes_too_late_to_matter(tmp_path: Path) -
     assert events(tmp_path)[-1]["event"] == "finished"
 
 
-def test_a_stop_says_how_long_it_took(tmp_path: Path) -> None:
-    env = plan(tmp_path / "faults", Fault("train", 5, rank=1, do="SIGTERM"))
-    assert start(tree(tmp_path), 2, env) == "SIGTERM"
-    (stopped,) = events(tmp_path, "stopped")
-    assert 0 < stopped["time"]["latency_s"] < 30
-
-
 def test_a_stop_during_the_last_save_comes_too_late_to_matter(tmp_path: Path) -> None:
     config = tree(tmp_path, checkpoint={"every_steps": None, "keep": 2})
     env = plan(tmp_path / "faults", Fault("os.rename", 1, path="/.step-", do="SIGTERM"))
@@ -104,6 +102,7 @@ def test_a_stop_saves_at_its_own_step_and_loses_nothing(tmp_path: Path) -> None:
     assert start(config, 3, env) == "SIGTERM"
     (stopped,) = events(tmp_path / "run", "stopped")
     assert stopped["step"] >= 5
+    assert 0 < stopped["time"]["latency_s"] < 30
     assert last_checkpoint(tmp_path / "run").name == f"step-{stopped['step']:08d}"
     assert metrics(tmp_path / "run")[-1]["step"] == stopped["step"]
     assert start(config, 3, attempt=1) == "done"
