@@ -23,20 +23,17 @@ from torch import nn
 from ddpkit.errors import UserError
 from tests import toy
 
-LATER_S = 0.05  # the others fail so long after the one that is the cause
-
 
 @dataclass(frozen=True)
 class Mishap:
     """What happens in a job.
 
     Attributes:
-        do: "raise", "exit" and "kill" end the rank, and the others fail 50 ms later; "stick" keeps it in the step for
-            good; "refuse" is an error of the user's, found when the model is built; "requeue" has Slurm requeue the job
-            in the middle of a save; "" is nothing at all.
+        do: "kill" ends a rank in its step, "stick" keeps it there for good; "refuse" is an error of the user's, found
+            when the model is built; "requeue" has Slurm requeue the job in the middle of a save; "" is nothing at all.
         rank: to whom.
         at: in which pass of an attempt; which save, counted alike.
-        starts: in how many of the job's starts; in "raise" and its like also of the launcher's.
+        starts: in how many of the job's starts, and of the launcher's.
         stays_s: "requeue": how long the save then takes.
         pace_s: seconds that a pass takes in the first ``slow_starts`` starts of the job.
         slow_starts: as said.
@@ -47,7 +44,7 @@ class Mishap:
     at: int = 10
     starts: int = 1
     stays_s: float = 0.0
-    pace_s: float = 0.5
+    pace_s: float = 1.0
     slow_starts: int = 0
 
 
@@ -106,22 +103,9 @@ def step(model: nn.Module, batch: Any) -> Any:
     mishap = _mishap()
     if int(os.environ.get("SLURM_RESTART_COUNT", "0")) < mishap.slow_starts:
         time.sleep(mishap.pace_s)
-    if mishap.do in ("raise", "exit", "kill", "stick") and next(_passes()) == mishap.at and _starts() < mishap.starts:
-        _happen(mishap)
+    if mishap.do in ("kill", "stick") and next(_passes()) == mishap.at and _happens_to(mishap):
+        if mishap.do == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            time.sleep(1)
     return toy.ledger_step(model, batch)
-
-
-def _happen(mishap: Mishap) -> None:
-    if int(os.environ["RANK"]) != mishap.rank:
-        if mishap.do == "stick":
-            return
-        time.sleep(LATER_S)
-        raise RuntimeError("a consequence")
-    if mishap.do == "raise":
-        raise ValueError("the cause")
-    if mishap.do == "exit":
-        os._exit(7)
-    if mishap.do == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while True:
-        time.sleep(1)
