@@ -4,9 +4,10 @@ Slurm starts a preempted job again only if it is still there at the end of its g
 time limit never. Ours save and leave as soon as they are told; so they ask for their return themselves, once, and not
 where a person has ended the job.
 
-Measured on Slurm 22.05: in a preemption's grace time a job is RUNNING with a PreemptTime. Where Slurm starts it again
-by itself (the end of the grace time, ``scontrol requeue``, a lost node), Restarts has grown before anybody gets a
-signal. ``scancel`` makes it COMPLETING before anybody gets a signal, and so does the time limit, with that reason.
+Measured on Slurm 22.05: in a preemption's grace time a job is RUNNING with a PreemptTime. As long as a signal is on its
+way to some node, it is SIGNALING instead. Where Slurm starts it again by itself (the end of the grace time, ``scontrol
+requeue``, a lost node), Restarts has grown before anybody gets a signal. ``scancel`` makes it COMPLETING before anybody
+gets a signal, and so does the time limit, with that reason.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Why = Literal["preempted", "time limit", "node lost", "already", "cancelled", "a
 OURS: frozenset[Why] = frozenset({"preempted", "time limit", "node lost"})
 """What is for us to requeue."""
 COMES_BACK: frozenset[Why] = OURS | {"already"}
+_GOES_ON = frozenset(("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING"))
 
 
 def why(state: JobState, allocation: Allocation, signal_name: str | None, warning_signal: str) -> Why:
@@ -53,7 +55,7 @@ def why(state: JobState, allocation: Allocation, signal_name: str | None, warnin
         return "preempted"
     if state.state == "TIMEOUT" or state.reason == "TimeLimit":
         return "time limit"
-    if state.state not in ("RUNNING", "SUSPENDED", "STOPPED"):
+    if state.state not in _GOES_ON:
         return "cancelled"
     if signal_name == LOST_NODE:
         return "node lost"

@@ -1,4 +1,4 @@
-"""Where the processes that launchers start begin: ``python .../launch/child.py {node|rank} ARGS``.
+"""Where the processes that launchers start begin: ``python .../launch/child.py {node|rank|task} ARGS``.
 
 A file and not ``-m launch.child``: the user's directory may hold a ``launch.py`` of its own. This package is loaded
 from where it lies, under a name that nobody else uses, so that ``import launch`` in a script means what it always did.
@@ -7,6 +7,7 @@ from where it lies, under a name that nobody else uses, so that ``import launch`
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -27,7 +28,13 @@ def _load() -> None:
 
 
 if __name__ == "__main__":
-    _load()
     role, *arguments = sys.argv[1:]
+    if role == "task":
+        # From the first moment to the last: a preemption may come while this imports, or when all is done, and would
+        # end the job as failed. In between, what passes signals on lets them through.
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        )
+    _load()
     module = importlib.import_module(f"{_ALIAS}.{role}")
     sys.exit(module.main(*arguments))

@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,43 +62,49 @@ def run(plan: Plan, node: Node) -> Ended:
 
 def _run(plan: Plan, run_dir: Path, node: Node) -> Ended:
     allocation = world.allocation(world.environment())
+    if allocation is None:
+        return _attempts(plan, run_dir, node, None, STOP_SIGNALS)[0]
     # Slurm's warning goes to every process of a step; outside Slurm that signal belongs to others.
-    warning = (signal_number(plan.warning_signal),) if allocation is not None else ()
+    signals = (*STOP_SIGNALS, signal_number(plan.warning_signal))
+    with holding_back(signals):  # before there are ranks, and from their end until Slurm has been asked
+        ended, attempt = _attempts(plan, run_dir, node, allocation, signals)
+        # After the ranks' end: Slurm ends all that is left of the job as soon as it is asked.
+        return _come_back(plan, allocation, attempt, ended) if attempt is not None else ended
+
+
+def _attempts(
+    plan: Plan, run_dir: Path, node: Node, allocation: Allocation | None, signals: tuple[signal.Signals, ...]
+) -> tuple[Ended, AttemptFile | None]:
+    """How it all ended, and the last attempt if there was one that began."""
 
     def take(ranks: int) -> AttemptFile:
         return begin(run_dir, plan.launcher, ranks, plan.command, allocation)
 
-    with ExitStack() as stack:
-        attempt = None if node.is_numbered_late else take(plan.world_size)
-        with holding_back(warning):  # it would end processes that have no handler for it
-            stack.enter_context(node)
-        if allocation is not None:
-            node.insistent = frozenset({signal.SIGINT})  # Slurm warns, and sends SIGTERM later, without being impatient
-            node.time_left = partial(_time_left, allocation, plan.warning_signal)
-        stack.enter_context(passing_on_signals(node, (*STOP_SIGNALS, *warning)))
+    attempt = None if node.is_numbered_late else take(plan.world_size)
+    if allocation is not None:
+        node.insistent = frozenset({signal.SIGINT})  # Slurm warns, and sends SIGTERM later, without being impatient
+        node.time_left = partial(_time_left, allocation, plan.warning_signal)
+    with node, passing_on_signals(node, signals):
         restart_count = 0
         while True:
             if attempt is None:
                 numbered = _number(node, take, partial(follow, run_dir))
                 if isinstance(numbered, Ended):
-                    return numbered
+                    return numbered, None
                 attempt = numbered
             ended = _attempt(plan, node, attempt, restart_count)
             outcome = ended.outcome
             if outcome is None:
-                return ended
+                return ended, attempt
             is_final = not outcome.failures or outcome.exit_code == EXIT_USER or outcome.stopped_by is not None
             if outcome.regroups:
                 _say("nodes have come or gone: starting all ranks anew")
             elif is_final or restart_count == plan.max_restarts or outcome.has_lost_node:
-                break
+                return ended, attempt
             else:
                 restart_count += 1
                 _say(f"restarting all ranks ({restart_count} of {plan.max_restarts})")
             attempt = None
-    assert attempt is not None  # the last one
-    # After the ranks' end: Slurm ends all that is left of the job as soon as it is asked.
-    return _come_back(plan, allocation, attempt, ended) if allocation is not None else ended
 
 
 def _number(
@@ -183,11 +188,12 @@ def _come_back(plan: Plan, allocation: Allocation, attempt: AttemptFile, ended: 
 
 
 def _time_left(allocation: Allocation, warning_signal: str, signal_name: str) -> tuple[str, float] | None:
-    """Why Slurm ends the job, and in how many seconds at the soonest; None if it does not, or does not say."""
-    try:
-        state = slurm.job_state(allocation.job_id)
-    except slurm.SlurmFailed:
-        return None
+    """Why Slurm ends the job, and in how many seconds at the soonest; None if it does not.
+
+    Raises:
+        SlurmFailed: it does not say.
+    """
+    state = slurm.job_state(allocation.job_id)
     why = requeue.why(state, allocation, signal_name, warning_signal)
     if state.ends_at is None or why not in requeue.OURS:
         return None

@@ -6,6 +6,7 @@ and restarts by the same rules, and is reported once, as a group on one.
 
 from __future__ import annotations
 
+import math
 import selectors
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from ddpkit import rendezvous
@@ -54,13 +56,18 @@ class _Follower:
     peer: Peer
     ended: bool = False
     lost: bool = False
+    loss: Failure | None = None
     failures: dict[int, Failure] = field(default_factory=dict)
     codes: list[int] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
+    behind_s: float = math.inf
+    """What is to be added to times on its clock: no more than what any of its messages seemed to take. In one attempt,
+    as clocks drift; most messages come when there are failures to put in order."""
 
     def begin(self) -> None:
         """Forget the attempt before."""
         self.ended, self.failures, self.codes, self.results = False, {}, [], []
+        self.behind_s = math.inf
 
 
 class LeadingNode(Node):
@@ -118,9 +125,15 @@ class LeadingNode(Node):
 
     def _hear_stranger(self, peer: Peer) -> None:
         for message in self._messages(peer) or []:
-            if message.get("token") != self._me.token or message.get("place") in self._followers:
+            if "token" not in message or message["place"] in self._followers:
                 self._forget(peer)
                 return
+            if message["token"] != self._me.token:
+                raise UserError(
+                    f"task {message['place']} on {message['host']} has found another plan in the submission's folder "
+                    f"than the first task on {socket.gethostname()}: the nodes do not see the same files; submit it "
+                    "from a directory that they share"
+                )
             follower = _Follower(message["host"], message["gpus"], range(*message["ranks"]), peer)
             self._followers[message["place"]] = follower
             self._selector.modify(peer.connection, selectors.EVENT_READ, partial(self._hear_follower, follower))
@@ -189,37 +202,30 @@ class LeadingNode(Node):
                 self._lose(follower)
             return
         for message in messages:
-            if "failed" in message:
-                self._take_failure(follower, message["failed"], message["age_s"])
-            elif "ended" in message:
-                for tree, age_s in message["ended"]:
-                    self._take_failure(follower, tree, age_s)
+            follower.behind_s = min(follower.behind_s, time.monotonic() - message["now"])
+            for tree in message.get("failures", ()):
+                failure = Failure.from_json(tree)
+                follower.failures[failure.rank] = failure
+            if "codes" in message:
                 follower.codes, follower.results = message["codes"], message["results"]
                 follower.ended = True
-            elif "requested" in message:
+            if "requested" in message:
                 self.request(message["requested"])
-
-    def _take_failure(self, follower: _Follower, tree: dict[str, Any], age_s: float) -> None:
-        # By its age: clocks of several machines have nothing in common but the length of a second.
-        failure = replace(Failure.from_json(tree), when=time.monotonic() - age_s)
-        if (known := follower.failures.get(failure.rank)) is not None:  # by now more may be known of it, but no sooner
-            failure = replace(failure, when=known.when)
-        follower.failures[failure.rank] = failure
+            if "problem" in message:
+                self._problem, self._lost = f"{follower.host}: {message['problem']}", True
 
     def _lose(self, follower: _Follower) -> None:
         first, last = follower.ranks[0], follower.ranks[-1]
         ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
-        follower.failures.setdefault(
-            first,
-            Failure(
+        if first not in follower.failures:
+            follower.loss = Failure(
                 first,
                 follower.host,
                 time.monotonic(),
                 1,
                 message=f"its node, with {ranks}, cannot be reached any more: it is down, or cut off, or its launcher "
                 "was killed there",
-            ),
-        )
+            )
         follower.ended = True
 
     def _outcome(self) -> Outcome:
@@ -230,11 +236,18 @@ class LeadingNode(Node):
         return super()._all_ended() and all(follower.ended for follower in self._followers.values())
 
     def _some_failed(self) -> bool:
-        return super()._some_failed() or any(follower.failures for follower in self._followers.values())
+        return super()._some_failed() or any(
+            follower.failures or follower.loss for follower in self._followers.values()
+        )
 
     def _failures(self) -> list[Failure]:
-        theirs = [failure for follower in self._followers.values() for failure in follower.failures.values()]
-        return [*super()._failures(), *theirs]
+        theirs = [
+            replace(failure, when=failure.when + follower.behind_s)
+            for follower in self._followers.values()
+            for failure in follower.failures.values()
+        ]
+        losses = [follower.loss for follower in self._followers.values() if follower.loss is not None]
+        return [*super()._failures(), *theirs, *losses]
 
     def _some_stopped(self) -> bool:
         return super()._some_stopped() or any(EXIT_STOPPED in each.codes for each in self._followers.values())
@@ -273,6 +286,7 @@ class FollowingNode(Node):
         self.insistent = frozenset()  # the leader knows what a signal means
         self._me = me
         self._orders: list[dict[str, Any]] = []
+        self._is_over = False
         self._port = 0
         self._peer: Peer
 
@@ -292,13 +306,22 @@ class FollowingNode(Node):
         )
         return self
 
-    def await_order(self) -> dict[str, Any]:
-        """Wait for the leader to start an attempt, or to end all.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, LaunchFailed):
+            self._tell(problem=str(error))
+        super().__exit__(kind, error, trace)
+
+    def await_order(self) -> dict[str, Any] | None:
+        """Wait for the leader to start an attempt, and give its order; None if all is over.
 
         Raises:
-            LaunchFailed: the leader is gone.
+            LaunchFailed: the leader is gone, or the node process here.
         """
         while not self._orders:
+            if self._is_over:
+                return None
             if self._lost:
                 self._outcome()  # raises, with what happened
             self._handle_events(1.0)
@@ -308,9 +331,8 @@ class FollowingNode(Node):
         """Run this node's ranks once, and tell the leader how they ended."""
         self._port = order["port"]
         self.run(job, order["restart_count"], output)
-        now = time.monotonic()
-        self._peer.send(
-            ended=[(failure.to_json(), now - failure.when) for failure in self._failures()],
+        self._tell(
+            failures=[failure.to_json() for failure in self._failures()],
             codes=[rank.ended for rank in self._ranks],
             results=list(self._results()),
         )
@@ -336,15 +358,20 @@ class FollowingNode(Node):
                     self._signal_all(message["number"])
             elif message["do"] == "give_up":
                 self.give_up(message["why"])
+            elif message["do"] == "finish":
+                self._is_over = True
+                self._end_ranks()  # there are some if the leader cannot go on
             else:
                 self._orders.append(message)
 
     def _tell_failure(self, rank: Rank) -> None:
-        failure = self._failure_of(rank)
-        self._peer.send(failed=failure.to_json(), age_s=time.monotonic() - failure.when)
+        self._tell(failures=[self._failure_of(rank).to_json()])
 
     def _pass_on(self) -> None:
         requests = list(self._requests)
         super()._pass_on()
         for number in requests:
-            self._peer.send(requested=int(number))
+            self._tell(requested=int(number))
+
+    def _tell(self, **message: Any) -> None:
+        self._peer.send(now=time.monotonic(), **message)

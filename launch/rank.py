@@ -91,6 +91,9 @@ def _do(job: Job, order: RankOrder) -> None:
         from ddpkit import worker  # with torch; a script may not want it
 
         _show_log()
+        # What comes when the work is done must not end this rank as failed; until then the worker has its own handlers.
+        for number in {*STOP_SIGNALS, *signal.pthread_sigmask(signal.SIG_BLOCK, ())}:
+            signal.signal(number, lambda *_: None)
         worker.work(job.kind, job.config, job.options)  # lets the stop signals through when it can stop
         return
     _let_signals_through()

@@ -36,8 +36,10 @@ from .memory import RAN_OUT, WORKER_DIED, Watch, judge
 from .output import Output
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
+_DYING_S = 0.3  # the kernel frees a process's memory, and then tells of its end: later than others tell of theirs
 _SAME_REQUEST_S = 2.0  # a second SIGTERM within this time counts as the first
 _STACKS_S = 1.0  # for ranks to write where they are, before they are ended
+_ASK_AGAIN_S = 2.0  # how much time there is left, of one who could not say
 _END_S = 5.0  # for the node process to end everything and itself
 _END_NOW_S = 0.5  # the same after a second Ctrl-C; it may be deep in an import
 _PIECE = 1 << 20  # bytes read at a time: all that a pipe holds
@@ -123,7 +125,7 @@ class Node:
     Attributes:
         insistent: which of the stop signals end the ranks at once when they are repeated.
         time_left: asked in a thread, when the ranks are asked to stop (given the signal's name): why, and how many
-            seconds they have at most; None if there is no end.
+            seconds they have at most; None if there is no end. Asked again if it raises a DdpkitError.
         ends_now: a repeated signal has ended the ranks.
     """
 
@@ -260,11 +262,17 @@ class Node:
         """End the ranks that have not ended by themselves: as failed because of ``why``, with their stacks."""
         if self._giving_up is None:
             self._giving_up = (why, time.monotonic() + _STACKS_S)
-            self._signal_all(STACK_SIGNAL)
+            self._signal_own(STACK_SIGNAL)
 
     def _find_end(self, name: str) -> None:
         assert self.time_left is not None  # it is asked
-        if (found := self.time_left(name)) is not None:
+        while True:
+            try:
+                found = self.time_left(name)
+                break
+            except DdpkitError:
+                time.sleep(_ASK_AGAIN_S)
+        if found is not None:
             self._give_up_at = (found[0], time.monotonic() + found[1])
 
     def _give_up_when_due(self) -> None:
@@ -361,6 +369,8 @@ class Node:
             if rank.was_ended:
                 return self._failure(rank, rank.ended, ENDED_BY_US)
             failure = self._failure(rank, rank.ended, explain(rank.ended))
+            if rank.ended != -signal.SIGABRT:  # so end those who find that another one is gone
+                failure = replace(failure, when=failure.when - _DYING_S)
         if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
         return failure if rank.was_ended else judge(failure, rank.memory)
@@ -450,6 +460,10 @@ class Node:
                 rank.result = message["result"]
 
     def _signal_all(self, number: int) -> None:
+        """Also of the ranks that others watch over."""
+        self._signal_own(number)
+
+    def _signal_own(self, number: int) -> None:
         alive = [place for place, rank in enumerate(self._ranks) if rank.ended is None]
         with contextlib.suppress(OSError):
             self._send(do="signal", number=int(number), ranks=alive)
@@ -465,11 +479,16 @@ def signal_number(name: str) -> signal.Signals:
 
 @contextlib.contextmanager
 def holding_back(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Let signals wait until the end of the context. What is started meanwhile never gets them, unless it asks."""
+    """Let signals wait for `passing_on_signals`. Those that come too late for it are dropped at the end.
+
+    What is started meanwhile never gets them, unless it asks.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
+        while signals and signal.sigtimedwait(signals, 0) is not None:
+            pass
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
@@ -483,9 +502,11 @@ def passing_on_signals(node: Node, signals: tuple[signal.Signals, ...] = STOP_SI
             signal.signal(number, lambda received, _frame: node.request(received))
         if getattr(before[number], "received", False):  # while there was nobody to pass it on to, and it got lost
             node.request(number)
+    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         for number, handler in before.items():
             # After a second Ctrl-C the clean-up that follows is not for a third one to garble.
             signal.signal(number, signal.SIG_IGN if node.ends_now else handler)

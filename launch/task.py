@@ -26,7 +26,7 @@ from .job import STOP_SIGNALS
 from .members import FollowingNode, LeadingNode, Membership
 from .output import Output
 from .plan import Plan, visible_gpus
-from .supervise import Place, holding_back, passing_on_signals, signal_number
+from .supervise import Place, passing_on_signals, signal_number
 
 
 def main(directory: str) -> int:
@@ -85,27 +85,21 @@ class _Task:
             node = LeadingNode(nproc, plan.start_method, env, place, membership, listener)
             try:
                 ended = group.run(plan, node)
+                if not ended.comes_back:
+                    self._tell_outcome(ended)  # now: somebody may end this job soon, and the followers take their time
             finally:
                 node.finish()
-        if not ended.comes_back:
-            self._tell_outcome(ended)
         return ended.exit_code
 
     def _follow(self, nproc: int, env: dict[str, str], place: Place, membership: Membership) -> int:
         plan = self._plan
         assert plan.run_dir is not None  # `_here` sees to it
-        warning = (signal_number(plan.warning_signal),)
-        node = FollowingNode(nproc, plan.start_method, env, place, membership)
-        with ExitStack() as stack:
-            with holding_back(warning):
-                stack.enter_context(node)
-            stack.enter_context(passing_on_signals(node, (*STOP_SIGNALS, *warning)))
-            while True:
-                order = node.await_order()
-                if order["do"] == "finish":
-                    return EXIT_DONE  # the leader's exit code is the job's
+        signals = (*STOP_SIGNALS, signal_number(plan.warning_signal))
+        with FollowingNode(nproc, plan.start_method, env, place, membership) as node, passing_on_signals(node, signals):
+            while (order := node.await_order()) is not None:
                 job = replace(plan.job, options=plan.job.options | {"attempt": order["attempt"]})
                 node.attempt(job, order, Output(attempts.log_dir(plan.run_dir, order["attempt"]), plan.tee_all))
+        return EXIT_DONE  # the leader's exit code is the job's
 
     def _tell_outcome(self, ended: group.Ended) -> None:
         """For those who wait for the job: Slurm forgets it, and knows neither reports nor results."""

@@ -185,9 +185,14 @@ class Cluster:
         started = ("RUNNING", "COMPLETED")
         job = self.wait_for(job_id, "PENDING", *started, restarts=restarts, timeout=timeout)
         if job.state == "PENDING":
-            # Slurm holds it back until its old credentials have expired. An error says that it has started by now.
-            self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now", check=False)
+            self.start_soon(job_id)
         return self.wait_for(job_id, *started, restarts=restarts, timeout=timeout)
+
+    def start_soon(self, job_id: int) -> None:
+        """Have a job that was requeued not wait until its old credentials have expired."""
+        # Those are revoked at its end, and with them any that are made within the same second: such a start fails, and
+        # the job with it. An error says that it has started by now.
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+2", check=False)
 
     def cancel_all(self) -> None:
         """End all jobs, whatever they do on signals, and bring back the nodes that were stopped."""
@@ -213,6 +218,9 @@ class Cluster:
     def stop_node(self, name: str) -> None:
         """Lose a node, as if its power had failed, and tell Slurm, which would take minutes to notice."""
         daemon = self._daemons.pop(name)
+        for process in self._processes(name):  # or the first to be killed would be told of by others
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
         self._kill(lambda: self._processes(name))
         daemon.wait()
         self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=stopped")

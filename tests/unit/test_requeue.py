@@ -28,6 +28,8 @@ SECOND_START = Allocation(job_id="7", restart_count=1, node="n1", array_index=No
         (replace(IN_GRACE, state="COMPLETING", restarts=2), "SIGTERM", "already"),  # the grace time is over
         (RUNNING, "SIGUSR2", "time limit"),
         (RUNNING, None, "time limit"),
+        (replace(RUNNING, state="SIGNALING"), "SIGUSR2", "time limit"),  # other nodes have not been told yet
+        (replace(RUNNING, state="SIGNALING"), "SIGTERM", "asked"),
         (replace(RUNNING, state="COMPLETING", reason="TimeLimit"), "SIGTERM", "time limit"),
         (replace(RUNNING, state="TIMEOUT"), "SIGTERM", "time limit"),
         (replace(RUNNING, state="COMPLETING"), "SIGTERM", "cancelled"),

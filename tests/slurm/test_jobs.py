@@ -1,0 +1,313 @@
+"""Jobs of several nodes through all that a cluster does to them: the same bits as a run that nothing has happened to.
+
+Wherever it can be, several jobs go through it at once: most of the time they wait for Slurm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.resume.runs import events, last_checkpoint
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import LENGTH, Home, assert_nothing_left, wait_for_end
+from tests.slurm.mishaps import Mishap
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+A_MINUTE = {"timeout_min": 1}
+HIGH = ("--partition=high", "--nodes=4", "--exclusive")
+NOTHING = "#!/bin/bash\nsleep 1\n"
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: Cluster) -> Path:
+    """The run directory of a run on this machine, with as many ranks, to which nothing has happened."""
+    home = Home.made(cluster, "reference", launch__nnodes=1, launch__nproc_per_node=4)
+    done = home.run("run", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    home.assert_all_samples_once()
+    return home.run_dir
+
+
+def _train(cluster: Cluster, *homes: Home, restarts: int = 0) -> None:
+    for home in homes:
+        cluster.wait_until(lambda home=home: home.is_training(restarts), f"{home.cwd.name} trains", 120)  # type: ignore[misc]  # a default binds it now
+
+
+def _kinds(home: Home, *skipped: str) -> list[str]:
+    return [event["event"] for event in events(home.run_dir) if event["event"] not in ("saved", *skipped)]
+
+
+def test_every_shape_gives_the_bits_of_local_ranks(cluster: Cluster, reference: Path) -> None:
+    shapes: dict[str, dict[str, Any]] = {
+        "two-nodes": {},
+        "four-nodes": {"nnodes": 4, "nproc_per_node": 1},
+        "one-node": {"nnodes": 1, "nproc_per_node": 4},
+        "a-task-a-rank": {"start_method": "spawn"},
+    }
+    homes = {
+        name: Home.made(cluster, name, **{f"launch__{key}": value for key, value in shape.items()})
+        for name, shape in shapes.items()
+    }
+    jobs = {name: home.submit() for name, home in homes.items()}
+    for name, home in homes.items():
+        ended = wait_for_end(cluster, jobs[name])
+        assert (ended.state, ended.restarts) == ("COMPLETED", 0), home.log()
+        home.assert_done_like(reference)
+        home.assert_all_samples_once()
+        assert home.outcome()["exit_code"] == 0
+    assert_nothing_left(cluster)
+
+
+def test_preempted_twice_in_a_row(cluster: Cluster, reference: Path) -> None:
+    """With loader workers: of Slurm's signals, which every process gets, none may end them before the save."""
+    slow = Mishap(slow_starts=2)
+    spawned = {"data__train__args": {"length": LENGTH, "context": "spawn"}, "data__loader__num_workers": 1}
+    low = Home.made(cluster, "preempted-after-20-s", slow, data__loader__num_workers=2)
+    hasty = Home.made(cluster, "preempted-after-5-s", slow, launch__slurm={"partition": "hasty"}, **spawned)
+    jobs = {home: home.submit() for home in (low, hasty)}
+    for restarts in (0, 1):
+        _train(cluster, low, hasty, restarts=restarts)
+        other = cluster.submit(NOTHING, *HIGH)
+        cluster.wait_for(other, "COMPLETED", timeout=90)
+        for job in jobs.values():
+            cluster.wait_for_restart(job, restarts + 1)
+    for home, job in jobs.items():
+        ended = wait_for_end(cluster, job)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 2), home.log()
+        home.assert_done_like(reference)
+        home.assert_all_samples_once()
+        assert _kinds(home) == [
+            *["started", "stopped", "requeued"],
+            *["restored", "stopped", "requeued"],
+            *["restored", "finished"],
+        ]
+        assert {event["reason"] for event in events(home.run_dir, "requeued")} == {"preempted"}
+        assert [attempt["exit_code"] for attempt in home.attempts()] == [75, 75, 0]
+    assert_nothing_left(cluster)
+
+
+def test_the_time_limit(cluster: Cluster, reference: Path) -> None:
+    """A job of a minute comes back until it is done; also if a rank is stuck, but not if it gets nowhere."""
+    slow = Home.made(cluster, "slow", Mishap(slow_starts=2, pace_s=1.5), launch__slurm=A_MINUTE)
+    stuck = Home.made(cluster, "stuck", Mishap(do="stick", rank=3, at=10), launch__slurm=A_MINUTE)
+    idle = Home.made(
+        cluster,
+        "idle",
+        Mishap(do="stick", rank=2, at=2, starts=9),
+        launch__slurm=A_MINUTE,
+        launch__max_idle_requeues=1,
+        checkpoint__every_steps=100,
+    )
+    jobs = {home: home.submit() for home in (slow, stuck, idle)}
+    ended = {home: wait_for_end(cluster, job, timeout=300) for home, job in jobs.items()}
+
+    assert (ended[slow].state, ended[slow].restarts) == ("COMPLETED", 2), slow.log()
+    slow.assert_done_like(reference)
+    slow.assert_all_samples_once()
+    assert {event["reason"] for event in events(slow.run_dir, "requeued")} == {"time limit"}
+
+    assert (ended[stuck].state, ended[stuck].restarts) == ("COMPLETED", 1), stuck.log()
+    stuck.assert_done_like(reference)
+    assert events(stuck.run_dir, "restored")[0]["step"] == events(stuck.run_dir, "requeued")[0]["step"] == 7
+    failure = stuck.failure()
+    assert failure["rank"] == 3 and "asked to stop (time limit), and did not in time" in failure["message"]
+    assert "mishaps.py" in failure["traceback"] and failure["traceback"].count("in _happen") == 1
+    assert [other["rank"] for other in failure["others"]] == [0, 1, 2]
+
+    assert (ended[idle].state, ended[idle].restarts) == ("FAILED", 1), idle.log()
+    outcome = idle.outcome()
+    assert outcome["exit_code"] == 1
+    assert "does not come back (time limit)" in outcome["report"] and "launch.max_idle_requeues" in outcome["report"]
+    assert_nothing_left(cluster)
+
+
+def test_requeued_by_hand_in_the_middle_of_a_save(cluster: Cluster, reference: Path) -> None:
+    """Whether the save comes to its end before the job is killed, or not."""
+    finishes = Home.made(cluster, "save-finishes", Mishap(do="requeue", at=2, stays_s=1.0))
+    does_not = Home.made(cluster, "save-does-not", Mishap(do="requeue", at=2, stays_s=1000.0))
+    jobs = {home: home.submit() for home in (finishes, does_not)}
+    for home, job in jobs.items():
+        ended = wait_for_end(cluster, job)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
+        home.assert_done_like(reference)
+        assert events(home.run_dir, "requeued") == []  # by us
+    assert events(finishes.run_dir, "restored")[0]["step"] == 14
+    assert _kinds(finishes) == ["started", "stopped", "restored", "finished"]
+    finishes.assert_all_samples_once()
+    assert events(does_not.run_dir, "restored")[0]["step"] == 7
+    assert_nothing_left(cluster)
+
+
+def _role(process: psutil.Process, role: str) -> bool:
+    """Whether it is what `launch/child.py` was started as; the ranks that a node process forks look like it."""
+    line = process.cmdline()
+    return len(line) > 2 and line[1].endswith("child.py") and line[2] == role
+
+
+def _of_job(cluster: Cluster, job: int, fits: Callable[[psutil.Process, str], bool]) -> psutil.Process:
+    """The one process of a job that ``fits``, given the number of its task as well."""
+    found = []
+    for process in cluster.processes():
+        try:
+            text = Path(f"/proc/{process.pid}/environ").read_text(errors="replace")
+            env = dict(line.split("=", 1) for line in text.split("\0") if "=" in line)
+            if env.get("SLURM_JOB_ID") == str(job) and fits(process, env.get("SLURM_PROCID", "")):
+                found.append(process)
+        except (OSError, psutil.Error):
+            continue
+    oldest = min(found, key=lambda process: process.pid)
+    assert len(found) == 1 or all(oldest in process.parents() for process in found if process != oldest), found
+    return oldest
+
+
+KILLED: dict[str, Callable[[psutil.Process, str], bool]] = {
+    "leader": lambda process, task: task == "0" and _role(process, "task"),
+    "follower": lambda process, task: task == "1" and _role(process, "task"),
+    "node-process": lambda process, task: task == "0" and _role(process, "node"),
+    "followers-node-process": lambda process, task: task == "1" and _role(process, "node"),
+    "srun": lambda process, _: process.name() == "srun",
+}
+
+
+def test_whatever_is_killed(cluster: Cluster, reference: Path) -> None:
+    killed = {name: Home.made(cluster, name, Mishap(slow_starts=1)) for name in KILLED}
+    jobs = {name: home.submit() for name, home in killed.items()}
+    for name, home in killed.items():
+        _train(cluster, home)
+        _of_job(cluster, jobs[name], KILLED[name]).kill()
+    ended = {name: wait_for_end(cluster, job, 120) for name, job in jobs.items()}
+
+    # A launcher that is gone looks like its node.
+    follower = killed.pop("follower")
+    assert (ended["follower"].state, ended["follower"].restarts) == ("COMPLETED", 1), follower.log()
+    follower.assert_done_like(reference)
+    assert events(follower.run_dir, "requeued")[0]["reason"] == "node lost"
+
+    for name in ("node-process", "followers-node-process"):
+        assert (ended[name].state, ended[name].restarts) == ("FAILED", 0), killed[name].log()
+        outcome = killed[name].outcome()
+        assert outcome["exit_code"] == 1
+        assert "the process that starts the ranks" in outcome["report"] and "SIGKILL" in outcome["report"]
+        assert killed[name].log().count("the process that starts the ranks") == (1 if name == "node-process" else 2)
+    for name in ("leader", "srun"):
+        assert (ended[name].state, ended[name].restarts) == ("FAILED", 0), killed[name].log()
+    assert_nothing_left(cluster)
+
+    for home in (killed["leader"], killed["srun"]):  # and the same command goes on
+        job = home.submit()
+        assert wait_for_end(cluster, job).state == "COMPLETED", home.log()
+        home.assert_done_like(reference)
+
+
+def test_a_killed_rank(cluster: Cluster, reference: Path) -> None:
+    dies = Home.made(cluster, "dies", Mishap(do="kill", rank=2))
+    restarts = Home.made(cluster, "restarts", Mishap(do="kill", rank=2), launch__max_restarts=1)
+    refuses = Home.made(cluster, "refuses", Mishap(do="refuse", rank=3))
+    jobs = {home: home.submit() for home in (dies, restarts, refuses)}
+    ended = {home: wait_for_end(cluster, job) for home, job in jobs.items()}
+
+    assert (ended[dies].state, ended[dies].restarts) == ("FAILED", 0)
+    assert dies.outcome()["exit_code"] == 1
+    assert (dies.failure()["rank"], dies.failure()["exit"]) == (2, "SIGKILL")
+    assert dies.log().count("rank 2 on") == 1
+
+    assert (ended[restarts].state, ended[restarts].restarts) == ("COMPLETED", 0), restarts.log()
+    restarts.assert_done_like(reference)
+    assert [attempt["exit_code"] for attempt in restarts.attempts()] == [1, 0]
+
+    assert (ended[refuses].state, ended[refuses].exit_code) == ("FAILED", "2:0")
+    assert refuses.outcome()["exit_code"] == 2
+    assert refuses.log().count("this model wants another machine") == 1 and "Traceback" not in refuses.log()
+    assert_nothing_left(cluster)
+
+
+def test_a_node_set_down(cluster: Cluster, reference: Path) -> None:
+    homes = [
+        Home.made(cluster, name, Mishap(slow_starts=1), launch__slurm={"exclusive": True})
+        for name in ("loses-leader", "loses-follower")
+    ]
+    jobs = [home.submit() for home in homes]
+    _train(cluster, *homes)
+    nodes = [cluster.job(job).nodes[place] for place, job in enumerate(jobs)]
+    for node in nodes:
+        cluster.stop_node(node)
+    for home, job in zip(homes, jobs, strict=True):
+        ended = wait_for_end(cluster, job, 120)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
+        home.assert_done_like(reference)
+        assert events(home.run_dir, "requeued") == []  # Slurm has done it already
+    assert_nothing_left(cluster)
+
+
+def test_ended_by_a_person(cluster: Cluster) -> None:
+    cancelled, signalled = (
+        Home.made(cluster, name, Mishap(slow_starts=1), checkpoint__every_steps=1000)
+        for name in ("cancelled", "signalled")
+    )
+    jobs = {home: home.submit() for home in (cancelled, signalled)}
+    _train(cluster, cancelled, signalled)
+    cluster.run("scancel", str(jobs[cancelled]))
+    cluster.run("scancel", "--signal=TERM", str(jobs[signalled]))
+    assert wait_for_end(cluster, jobs[cancelled]).state == "CANCELLED"
+    assert wait_for_end(cluster, jobs[signalled]).exit_code == "75:0"
+    for home, job in jobs.items():
+        assert cluster.job(job).restarts == 0
+        assert _kinds(home) == ["started", "stopped"]
+        assert last_checkpoint(home.run_dir).name == f"step-{events(home.run_dir, 'stopped')[0]['step']:08d}"
+        assert home.outcome()["exit_code"] == 75
+    assert_nothing_left(cluster)
+
+
+FAILING = """
+import os, signal, sys, time
+from pathlib import Path
+
+kind = sys.argv[1]
+here = f"{kind}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"
+
+def until(path):
+    while not Path(path).exists():
+        time.sleep(0.002)
+
+if os.environ["RANK"] == "3":
+    for rank in range(3):
+        until(f"{here}-{rank}")
+    Path(f"{here}-struck").touch()
+    if kind == "raise":
+        raise ValueError("the cause")
+    if kind == "exit":
+        os._exit(7)
+    os.kill(os.getpid(), signal.SIGKILL)
+Path(f"{here}-{os.environ['RANK']}").touch()
+until(f"{here}-struck")
+time.sleep(0.05)
+raise RuntimeError("a consequence")
+"""
+
+
+def test_the_first_of_several_failures_on_two_nodes(cluster: Cluster) -> None:
+    """Rank 3 fails 50 ms before the others, 12 times in each way."""
+    home = Home.made(cluster, "failing")
+    (home.cwd / "failing.py").write_text(FAILING)
+    shape = ("--nnodes", "2", "--nproc-per-node", "2", "-o", "launch.max_restarts=11")
+    words = {"raise": "ValueError the cause", "exit": "exit code 7", "kill": "SIGKILL"}
+    jobs = {}
+    for kind in words:
+        done = home.run("launch", "--launcher", "slurm", *shape, "--run-dir", kind, "failing.py", kind)
+        assert done.returncode == 0, done.stderr
+        jobs[kind] = int(done.stdout)
+    for kind, word in words.items():
+        assert wait_for_end(cluster, jobs[kind], 150).state == "FAILED"
+        told = [json.loads(path.read_text())["how"] for path in (home.cwd / kind / "attempts").glob("*.json")]
+        assert [how for how in told if not how.startswith(f"rank 3 failed: {word}")] == []
+        assert len(told) == 12
+        failure = json.loads((home.cwd / kind / "failure.json").read_text())
+        assert [other["rank"] for other in failure["others"]] != [] and failure["rank"] == 3
+    assert_nothing_left(cluster)
