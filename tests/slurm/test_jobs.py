@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.resume.runs import events, last_checkpoint
+from tests.resume.runs import assert_same_end, events, last_checkpoint
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import LENGTH, Home, assert_nothing_left, wait_for_end
 from tests.slurm.mishaps import Mishap
@@ -119,7 +119,7 @@ def test_the_time_limit(cluster: Cluster, reference: Path) -> None:
     failure = stuck.failure()
     assert failure["rank"] == 3 and "asked to stop (time limit), and did not in time" in failure["message"]
     assert "mishaps.py" in failure["traceback"] and failure["traceback"].count("in _happen") == 1
-    assert [other["rank"] for other in failure["others"]] == [0, 1, 2]
+    assert {other["rank"] for other in failure["others"]} == {0, 1, 2}
 
     assert (ended[idle].state, ended[idle].restarts) == ("FAILED", 1), idle.log()
     outcome = idle.outcome()
@@ -310,4 +310,107 @@ def test_the_first_of_several_failures_on_two_nodes(cluster: Cluster) -> None:
         assert len(told) == 12
         failure = json.loads((home.cwd / kind / "failure.json").read_text())
         assert [other["rank"] for other in failure["others"]] != [] and failure["rank"] == 3
+    assert_nothing_left(cluster)
+
+
+def _twin(home: Home) -> int:
+    """The job once more, as if it had been submitted twice in one moment."""
+    first = home.run_dir / "slurm/submission-0"
+    second = shutil.copytree(first, first.with_name("twin"))
+    (script,) = second.glob("*_submission.sh")
+    script.write_text(script.read_text().replace(str(first), str(second)))
+    return int(home.command("sbatch", "--parsable", str(script)).stdout)
+
+
+def test_the_same_job_several_times_at_once(cluster: Cluster, reference: Path) -> None:
+    home = Home.made(cluster, "many", Mishap(slow_starts=1, pace_s=0.2))
+    following = [home.start("run", "config.yaml", "--launcher", "slurm", "--wait")]
+    _train(cluster, home)
+    following += [home.start("run", "config.yaml", "--launcher", "slurm", "--wait") for _ in range(2)]
+    twin = _twin(home)
+    assert wait_for_end(cluster, twin).exit_code == "2:0"
+    (job,) = {int(line) for line in cluster.run("squeue", "--noheader", "--format=%A").stdout.split()}
+    cluster.run("scontrol", "requeue", str(job))
+    ended = wait_for_end(cluster, job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
+    for process in following:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, f"{job}\n"), err
+        assert "step 60" in err and f"ddpkit: job {job} is requeued" in err
+        assert err.endswith(f"ddpkit: job {job}: done\n")
+    home.assert_done_like(reference)
+    home.assert_all_samples_once()
+    assert_nothing_left(cluster)
+
+
+OWN_LOOP = """
+import os, sys, time
+import torch, ddpkit
+
+with ddpkit.runtime(seed=3) as rt:
+    model = rt.wrap(torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    inputs = torch.randn(320, 6, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    loader = rt.loader(data, global_batch_size=16, num_workers=1)
+    run = rt.resume(sys.argv[1], every_steps=None, log_every=1, model=model, optimizer=optimizer, loader=loader)
+    for epoch in run.epochs(3):
+        for batch, targets in loader:
+            if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+                time.sleep(float(sys.argv[2]))
+            loss = torch.nn.functional.mse_loss(model(batch), targets)
+            run.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss=loss)
+"""
+PLAIN = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+for step in range(20):
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        open("plain-begun", "w").close()
+        time.sleep(1)
+    model(torch.full((2, 4), float(dist.get_rank()))).sum().backward()
+if dist.get_rank() == 0:
+    print("sum", model.module.weight.grad.sum().item(), "of", dist.get_world_size(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_scripts_of_ones_own_are_preempted(cluster: Cluster) -> None:
+    """One that knows ddpkit goes on where it stopped; one that does not begins again. Both come back."""
+    home = Home.made(cluster, "scripts")
+    (home.cwd / "own.py").write_text(OWN_LOOP)
+    (home.cwd / "plain.py").write_text(PLAIN)
+    here = home.run("launch", "--nproc-per-node", "4", "own.py", "here", "0")
+    assert here.returncode == 0, here.stderr
+
+    def submit(run_dir: str, *script: str) -> int:
+        shape = ("--nnodes", "2", "--nproc-per-node", "2", "-o", "launch.slurm.partition=hasty")
+        done = home.run("launch", "--launcher", "slurm", *shape, "--run-dir", run_dir, *script)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    own = submit("own", "own.py", "there", "0.5")
+    plain = submit("plain", "plain.py")
+    steps = home.cwd / "there/metrics.jsonl"
+    cluster.wait_until(lambda: steps.exists() and (home.cwd / "plain-begun").exists(), "both have begun")
+    cluster.wait_for(cluster.submit(NOTHING, *HIGH), "COMPLETED", timeout=90)
+    for job in (own, plain):
+        ended = wait_for_end(cluster, job)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 1)
+    assert_same_end(home.cwd / "there", home.cwd / "here")
+    assert [event["event"] for event in events(home.cwd / "there") if event["event"] != "saved"] == [
+        "started",
+        "stopped",
+        "restored",
+        "finished",
+    ]
+    (log,) = (home.cwd / "plain/slurm").glob("submission-*/*_0_log.out")
+    assert log.read_text().count("sum 240.0 of 4") == 1
     assert_nothing_left(cluster)
