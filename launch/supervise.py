@@ -369,7 +369,8 @@ class Node:
             if rank.was_ended:
                 return self._failure(rank, rank.ended, ENDED_BY_US)
             failure = self._failure(rank, rank.ended, explain(rank.ended))
-            if rank.ended != -signal.SIGABRT:  # so end those who find that another one is gone
+            # So end those who find that another one is gone, or who are ended because of it.
+            if rank.ended not in (-signal.SIGABRT, -signal.SIGTERM):
                 failure = replace(failure, when=failure.when - _DYING_S)
         if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
