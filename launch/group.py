@@ -81,7 +81,9 @@ def _attempts(
         return begin(run_dir, plan.launcher, ranks, plan.command, allocation)
 
     attempt = None if node.is_numbered_late else take(plan.world_size)
+    goes_on = "run it again to continue"
     if allocation is not None:
+        goes_on = "it goes on when the job comes back, or is submitted again"
         node.insistent = frozenset({signal.SIGINT})  # Slurm warns, and sends SIGTERM later, without being impatient
         node.time_left = partial(_time_left, allocation, plan.warning_signal)
     with node, passing_on_signals(node, signals):
@@ -92,7 +94,7 @@ def _attempts(
                 if isinstance(numbered, Ended):
                     return numbered, None
                 attempt = numbered
-            ended = _attempt(plan, node, attempt, restart_count)
+            ended = _attempt(plan, node, attempt, restart_count, goes_on)
             outcome = ended.outcome
             if outcome is None:
                 return ended, attempt
@@ -121,7 +123,7 @@ def _number(
     return numbered
 
 
-def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -> Ended:
+def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int, goes_on: str) -> Ended:
     options = plan.job.options | {"attempt": attempt.number}
     job = replace(plan.job, options=options)
     try:
@@ -138,7 +140,7 @@ def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int) -
         report = first.message if first.is_users_input else report_failure(outcome.failures, attempt)
         _say(report)
     elif outcome.exit_code != EXIT_DONE and not outcome.regroups:
-        _say(f"{how}, state saved; run it again to continue" if outcome.is_saved else how)
+        _say(f"{how}, state saved; {goes_on}" if outcome.is_saved else how)
     return Ended(outcome.exit_code, outcome, report)
 
 

@@ -26,6 +26,7 @@ from .output import Output
 from .supervise import LaunchFailed, Node, Outcome, Place, Rank
 
 _GATHER_S = 600.0  # for the launchers of all nodes to come: prologs and slow file systems hold some up
+_LOOK_S = 1.0  # for the leader at a time; between two looks a stop is seen
 _PART_S = 5.0  # for the followers to end their node processes
 
 
@@ -288,13 +289,26 @@ class FollowingNode(Node):
         self._orders: list[dict[str, Any]] = []
         self._is_over = False
         self._port = 0
-        self._peer: Peer
+        self._peer: Peer | None = None
 
     def __enter__(self) -> FollowingNode:
         super().__enter__()
-        address = self._place.master_addr
-        port = rendezvous.find(address, self._me.meeting, _GATHER_S)
-        self._peer = Peer(socket.create_connection((address, port), timeout=_GATHER_S))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, LaunchFailed):
+            self._tell(problem=str(error))
+        super().__exit__(kind, error, trace)
+
+    def join(self) -> None:
+        """Find the leader, and say who this is; what the node process begins meanwhile goes on.
+
+        Raises:
+            LaunchFailed: it was not found in time, or this one was asked to stop meanwhile.
+        """
+        self._peer = Peer(self._connected())
         self._watch(self._peer.connection, self._hear_leader)
         first = self._place.first
         self._peer.send(
@@ -304,14 +318,19 @@ class FollowingNode(Node):
             gpus=self._me.gpus,
             ranks=[first, first + self._nproc],
         )
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, LaunchFailed):
-            self._tell(problem=str(error))
-        super().__exit__(kind, error, trace)
+    def _connected(self) -> socket.socket:
+        address = self._place.master_addr
+        deadline = time.monotonic() + _GATHER_S
+        while True:
+            try:
+                port = rendezvous.find(address, self._me.meeting, _LOOK_S)
+                return socket.create_connection((address, port), timeout=_LOOK_S)
+            except (rendezvous.NoMeeting, OSError) as error:  # it may come and go in between
+                if self._requests:
+                    raise LaunchFailed("asked to stop before rank 0's launcher was found") from error
+                if time.monotonic() > deadline:
+                    raise LaunchFailed(f"rank 0's launcher was not found within {_GATHER_S:g} s: {error}") from error
 
     def await_order(self) -> dict[str, Any] | None:
         """Wait for the leader to start an attempt, and give its order; None if all is over.
@@ -341,6 +360,7 @@ class FollowingNode(Node):
         self._start_ranks(job, restart_count, self._port, None)
 
     def _hear_leader(self) -> None:
+        assert self._peer is not None  # it is heard
         messages = self._peer.receive()
         if messages is None:
             self._selector.unregister(self._peer.connection)
@@ -374,4 +394,5 @@ class FollowingNode(Node):
             self._tell(requested=int(number))
 
     def _tell(self, **message: Any) -> None:
-        self._peer.send(now=time.monotonic(), **message)
+        if self._peer is not None:
+            self._peer.send(now=time.monotonic(), **message)

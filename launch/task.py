@@ -44,11 +44,11 @@ def main(directory: str) -> int:
 class _Task:
     def __init__(self, directory: Path, me: World, allocation: Allocation) -> None:
         index = allocation.array_index
-        self._suffix = "" if index is None else f"-{index}"
-        self._directory = directory
+        suffix = "" if index is None else f"-{index}"
+        self._outcome = directory / f"outcome{suffix}.json"
         self._me = me
         self._allocation = allocation
-        text = (directory / f"plan{self._suffix}.json").read_bytes()
+        text = (directory / f"plan{suffix}.json").read_bytes()
         self._token = hashlib.sha256(text).hexdigest()
         self._plan = _here(Plan.from_json(json.loads(text)), directory)
 
@@ -78,6 +78,7 @@ class _Task:
 
     def _lead(self, nproc: int, env: dict[str, str], place: Place, membership: Membership) -> int:
         plan = self._plan
+        self._outcome.unlink(missing_ok=True)  # of a job that had ended, and was requeued by hand
         with ExitStack() as stack:
             listener = None
             if membership.count > 1:
@@ -96,6 +97,7 @@ class _Task:
         assert plan.run_dir is not None  # `_here` sees to it
         signals = (*STOP_SIGNALS, signal_number(plan.warning_signal))
         with FollowingNode(nproc, plan.start_method, env, place, membership) as node, passing_on_signals(node, signals):
+            node.join()
             while (order := node.await_order()) is not None:
                 job = replace(plan.job, options=plan.job.options | {"attempt": order["attempt"]})
                 node.attempt(job, order, Output(attempts.log_dir(plan.run_dir, order["attempt"]), plan.tee_all))
@@ -110,7 +112,7 @@ class _Task:
             "results": list(outcome.results) if outcome is not None else [],
             "report": ended.report,
         }
-        attempts.write(self._directory / f"outcome{self._suffix}.json", tree)
+        attempts.write(self._outcome, tree)
 
 
 def _here(plan: Plan, directory: Path) -> Plan:

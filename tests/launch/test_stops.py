@@ -254,3 +254,12 @@ def test_a_script_that_never_stops_writing_can_be_interrupted(shell: Shell) -> N
     wait_for(lambda: _all_here(shell, 1), "the rank")
     child.send_signal(signal.SIGINT)
     assert finish(child, 20).returncode == 130
+
+
+def test_a_signal_after_the_work_is_done_does_not_make_it_a_failure(shell: Shell) -> None:
+    late = (
+        "import atexit, os, signal\nfrom tests.toy import step\natexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
+    )
+    shell.script("late.py", late)
+    done = shell.run("run", shell.config(train={"step": "late:step", "eval_step": "tests.toy:eval_step", "epochs": 1}))
+    assert done.returncode == 0, done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -52,6 +51,9 @@ def config(**changes: Any) -> Tree:
     return made
 
 
+Process = subprocess.Popen[str]
+
+
 @dataclass(frozen=True, eq=False)
 class Home:
     """A directory that runs are submitted from.
@@ -83,10 +85,10 @@ class Home:
     def run_dir(self) -> Path:
         return self.cwd / "run"
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """``ddpkit ARGUMENTS``."""
+    def start(self, *arguments: str, prefix: tuple[str, ...] = (sys.executable, "-m", "ddpkit")) -> Process:
+        """``ddpkit ARGUMENTS``, or another command."""
         return subprocess.Popen(
-            [sys.executable, "-m", "ddpkit", *arguments],
+            [*prefix, *arguments],
             cwd=self.cwd,
             env=self.env,
             stdin=subprocess.DEVNULL,
@@ -95,11 +97,13 @@ class Home:
             text=True,
         )
 
-    def run(self, *arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-        """The same to its end."""
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=timeout_s)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``ddpkit ARGUMENTS`` to its end."""
+        return _finish(self.start(*arguments))
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Another command to its end."""
+        return _finish(self.start(*words, prefix=()))
 
     def submit(self, *options: str) -> int:
         """Submit the run; the job's number is all that is on standard output."""
@@ -151,6 +155,11 @@ class Home:
         assert_same_end(self.run_dir, reference)
 
 
+def _finish(process: Process) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def wait_for_end(cluster: Cluster, job_id: int, timeout: float = 90) -> Job:
     """Wait until a job has ended for good; if it is requeued meanwhile, have Slurm start it sooner than it would."""
     ended: list[Job] = []
@@ -190,7 +199,3 @@ def assert_nothing_left(cluster: Cluster, within: float = 10) -> None:
     except TimeoutError:
         told = [f"{process.pid} {' '.join(process.cmdline())}" for process in left()]
         raise AssertionError(f"left behind: {told}") from None
-
-
-def environment_of(cluster: Cluster) -> dict[str, str]:
-    return cluster.env | {"PYTHONPATH": str(ROOT), "HOME": os.environ.get("HOME", "/root")}

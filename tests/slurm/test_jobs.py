@@ -6,6 +6,7 @@ Wherever it can be, several jobs go through it at once: most of the time they wa
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.resume.runs import events, last_checkpoint
+from tests.resume.runs import assert_same_end, events, last_checkpoint
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import LENGTH, Home, assert_nothing_left, wait_for_end
 from tests.slurm.mishaps import Mishap
@@ -119,7 +120,7 @@ def test_the_time_limit(cluster: Cluster, reference: Path) -> None:
     failure = stuck.failure()
     assert failure["rank"] == 3 and "asked to stop (time limit), and did not in time" in failure["message"]
     assert "mishaps.py" in failure["traceback"] and failure["traceback"].count("in _happen") == 1
-    assert [other["rank"] for other in failure["others"]] == [0, 1, 2]
+    assert {other["rank"] for other in failure["others"]} == {0, 1, 2}
 
     assert (ended[idle].state, ended[idle].restarts) == ("FAILED", 1), idle.log()
     outcome = idle.outcome()
@@ -171,7 +172,6 @@ KILLED: dict[str, Callable[[psutil.Process, str], bool]] = {
     "leader": lambda process, task: task == "0" and _role(process, "task"),
     "follower": lambda process, task: task == "1" and _role(process, "task"),
     "node-process": lambda process, task: task == "0" and _role(process, "node"),
-    "followers-node-process": lambda process, task: task == "1" and _role(process, "node"),
     "srun": lambda process, _: process.name() == "srun",
 }
 
@@ -190,20 +190,18 @@ def test_whatever_is_killed(cluster: Cluster, reference: Path) -> None:
     follower.assert_done_like(reference)
     assert events(follower.run_dir, "requeued")[0]["reason"] == "node lost"
 
-    for name in ("node-process", "followers-node-process"):
-        assert (ended[name].state, ended[name].restarts) == ("FAILED", 0), killed[name].log()
-        outcome = killed[name].outcome()
-        assert outcome["exit_code"] == 1
-        assert "the process that starts the ranks" in outcome["report"] and "SIGKILL" in outcome["report"]
-        assert killed[name].log().count("the process that starts the ranks") == (1 if name == "node-process" else 2)
+    assert (ended["node-process"].state, ended["node-process"].restarts) == ("FAILED", 0)
+    outcome = killed["node-process"].outcome()
+    assert outcome["exit_code"] == 1
+    assert "the process that starts the ranks" in outcome["report"] and "SIGKILL" in outcome["report"]
+    assert killed["node-process"].log().count("the process that starts the ranks") == 1
     for name in ("leader", "srun"):
         assert (ended[name].state, ended[name].restarts) == ("FAILED", 0), killed[name].log()
     assert_nothing_left(cluster)
 
-    for home in (killed["leader"], killed["srun"]):  # and the same command goes on
-        job = home.submit()
-        assert wait_for_end(cluster, job).state == "COMPLETED", home.log()
-        home.assert_done_like(reference)
+    again = wait_for_end(cluster, killed["leader"].submit())  # the same command goes on
+    assert again.state == "COMPLETED", killed["leader"].log()
+    killed["leader"].assert_done_like(reference)
 
 
 def test_a_killed_rank(cluster: Cluster, reference: Path) -> None:
@@ -293,21 +291,126 @@ raise RuntimeError("a consequence")
 
 
 def test_the_first_of_several_failures_on_two_nodes(cluster: Cluster) -> None:
-    """Rank 3 fails 50 ms before the others, 12 times in each way."""
+    """Rank 3 fails 50 ms before the others, again and again."""
     home = Home.made(cluster, "failing")
     (home.cwd / "failing.py").write_text(FAILING)
-    shape = ("--nnodes", "2", "--nproc-per-node", "2", "-o", "launch.max_restarts=11")
+    shape = ("--nnodes", "2", "--nproc-per-node", "2")
     words = {"raise": "ValueError the cause", "exit": "exit code 7", "kill": "SIGKILL"}
+    times = {"raise": 12, "exit": 6, "kill": 6}
     jobs = {}
     for kind in words:
-        done = home.run("launch", "--launcher", "slurm", *shape, "--run-dir", kind, "failing.py", kind)
+        restarts = f"launch.max_restarts={times[kind] - 1}"
+        done = home.run("launch", "--launcher", "slurm", *shape, "-o", restarts, "--run-dir", kind, "failing.py", kind)
         assert done.returncode == 0, done.stderr
         jobs[kind] = int(done.stdout)
     for kind, word in words.items():
         assert wait_for_end(cluster, jobs[kind], 150).state == "FAILED"
         told = [json.loads(path.read_text())["how"] for path in (home.cwd / kind / "attempts").glob("*.json")]
         assert [how for how in told if not how.startswith(f"rank 3 failed: {word}")] == []
-        assert len(told) == 12
+        assert len(told) == times[kind]
         failure = json.loads((home.cwd / kind / "failure.json").read_text())
         assert [other["rank"] for other in failure["others"]] != [] and failure["rank"] == 3
+    assert_nothing_left(cluster)
+
+
+def _twin(home: Home) -> int:
+    """The job once more, as if it had been submitted twice in one moment."""
+    first = home.run_dir / "slurm/submission-0"
+    second = shutil.copytree(first, first.with_name("twin"))
+    (script,) = second.glob("*_submission.sh")
+    script.write_text(script.read_text().replace(str(first), str(second)))
+    return int(home.command("sbatch", "--parsable", str(script)).stdout)
+
+
+def test_the_same_job_several_times_at_once(cluster: Cluster, reference: Path) -> None:
+    home = Home.made(cluster, "many", Mishap(slow_starts=1, pace_s=0.2))
+    following = [home.start("run", "config.yaml", "--launcher", "slurm", "--wait")]
+    _train(cluster, home)
+    following += [home.start("run", "config.yaml", "--launcher", "slurm", "--wait") for _ in range(2)]
+    twin = _twin(home)
+    assert wait_for_end(cluster, twin).exit_code == "2:0"
+    (job,) = {int(line) for line in cluster.run("squeue", "--noheader", "--format=%A").stdout.split()}
+    cluster.run("scontrol", "requeue", str(job))
+    ended = wait_for_end(cluster, job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
+    for process in following:
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (0, f"{job}\n"), err
+        assert "step 60" in err and f"ddpkit: job {job} is requeued" in err
+        assert err.endswith(f"ddpkit: job {job}: done\n")
+    home.assert_done_like(reference)
+    home.assert_all_samples_once()
+    assert_nothing_left(cluster)
+
+
+OWN_LOOP = """
+import os, sys, time
+import torch, ddpkit
+
+with ddpkit.runtime(seed=3) as rt:
+    model = rt.wrap(torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.Linear(16, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    inputs = torch.randn(320, 6, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    loader = rt.loader(data, global_batch_size=16, num_workers=1)
+    run = rt.resume(sys.argv[1], every_steps=None, log_every=1, model=model, optimizer=optimizer, loader=loader)
+    for epoch in run.epochs(3):
+        for batch, targets in loader:
+            if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+                time.sleep(float(sys.argv[2]))
+            loss = torch.nn.functional.mse_loss(model(batch), targets)
+            run.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss=loss)
+"""
+PLAIN = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+for step in range(20):
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        open("plain-begun", "w").close()
+        time.sleep(1)
+    model(torch.full((2, 4), float(dist.get_rank()))).sum().backward()
+if dist.get_rank() == 0:
+    print("sum", model.module.weight.grad.sum().item(), "of", dist.get_world_size(), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_scripts_of_ones_own_are_preempted(cluster: Cluster) -> None:
+    """One that knows ddpkit goes on where it stopped; one that does not begins again. Both come back."""
+    home = Home.made(cluster, "scripts")
+    (home.cwd / "own.py").write_text(OWN_LOOP)
+    (home.cwd / "plain.py").write_text(PLAIN)
+    here = home.run("launch", "--nproc-per-node", "4", "own.py", "here", "0")
+    assert here.returncode == 0, here.stderr
+
+    def submit(run_dir: str, *script: str) -> int:
+        shape = ("--nnodes", "2", "--nproc-per-node", "2", "-o", "launch.slurm.partition=hasty")
+        done = home.run("launch", "--launcher", "slurm", *shape, "--run-dir", run_dir, *script)
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    own = submit("own", "own.py", "there", "0.5")
+    plain = submit("plain", "plain.py")
+    steps = home.cwd / "there/metrics.jsonl"
+    cluster.wait_until(lambda: steps.exists() and (home.cwd / "plain-begun").exists(), "both have begun")
+    cluster.wait_for(cluster.submit(NOTHING, *HIGH), "COMPLETED", timeout=90)
+    for job in (own, plain):
+        ended = wait_for_end(cluster, job)
+        assert (ended.state, ended.restarts) == ("COMPLETED", 1)
+    assert_same_end(home.cwd / "there", home.cwd / "here")
+    assert [event["event"] for event in events(home.cwd / "there") if event["event"] != "saved"] == [
+        "started",
+        "stopped",
+        "restored",
+        "finished",
+    ]
+    (log,) = (home.cwd / "plain/slurm").glob("submission-*/*_0_log.out")
+    assert log.read_text().count("sum 240.0 of 4") == 1
     assert_nothing_left(cluster)
