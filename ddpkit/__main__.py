@@ -37,11 +37,11 @@ class UntilThereAreRanks:
 
 def main() -> None:
     """Run the command line; ends the process."""
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, UntilThereAreRanks(SystemExit(EXIT_STOPPED)))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, UntilThereAreRanks(KeyboardInterrupt()))
     try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, UntilThereAreRanks(KeyboardInterrupt()))
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, UntilThereAreRanks(SystemExit(EXIT_STOPPED)))
         code = _main()
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED

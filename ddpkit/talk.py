@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -23,7 +24,9 @@ from ddpkit.world import World
 
 # All within 30 s: what fails early ends the examination.
 _MEET_S = 10.0
+_STORE_S = 5.0  # of somebody who listens
 _CONNECT_S = 3.0
+_PAUSE_S = 0.1
 _TOGETHER_S = 8.0
 _AT_ONCE = 32
 _ALL_PAIRS = 64  # with more ranks, the first of each node speaks for it
@@ -49,13 +52,11 @@ def check(me: World | None = None) -> list[str]:
     me = me or World.from_env()
     with ExitStack() as stack:
         stack.enter_context(rendezvous.hosting(me))
+        _knock(me)
         try:
-            store = PrefixStore("doctor", rendezvous.connect(me, _MEET_S))
+            store = PrefixStore("doctor", rendezvous.connect(me, _STORE_S))
         except (rendezvous.NoMeeting, dist.DistError) as error:
-            where = f"{me.master_addr}:{me.master_port}" if me.master_port else me.master_addr
-            raise Unreachable(
-                f"rank {me.rank} on {me.host} cannot reach rank 0 at {where} within {_MEET_S:g} s: {error}"
-            ) from error
+            raise _unreachable(me, f": {_in_words(error)}") from error
         ranks = Ranks(me, PrefixStore(AGREEMENTS, store))
         address = own_address(me)
         port = stack.enter_context(_listening(address))
@@ -65,6 +66,45 @@ def check(me: World | None = None) -> list[str]:
             failed = [line for line in ranks.exchange("group", _try_together(me, store), 2 * _MEET_S) if line]
         ranks.barrier("leave", _MEET_S)
     return failed
+
+
+def _knock(me: World) -> None:
+    """Find what torch would find out late, and say at length: that there is no such name, or nobody there."""
+    if me.master_addr is None:
+        return
+    try:
+        socket.getaddrinfo(me.master_addr, None)
+    except OSError as error:
+        why = f": that name leads nowhere ({error.strerror}). Set MASTER_ADDR to an address"
+        raise _unreachable(me, why) from error
+    if me.master_port is None:
+        return  # the ports that may be it are tried by the rendezvous itself
+    deadline = time.monotonic() + _MEET_S
+    while True:
+        try:
+            socket.create_connection((me.master_addr, me.master_port), timeout=_CONNECT_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _unreachable(me, f" within {_MEET_S:g} s: {error.strerror or error}{_why_not(error)}") from error
+        time.sleep(_PAUSE_S)
+
+
+def _why_not(error: OSError) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return ". Nobody listens there: rank 0 has not started, or has another address"
+    return ". Nothing answers there: the address is wrong, or something in between blocks the way"
+
+
+def _unreachable(me: World, why: str) -> Unreachable:
+    where = f"{me.master_addr}:{me.master_port}" if me.master_port else me.master_addr
+    return Unreachable(f"rank {me.rank} on {me.host} cannot reach rank 0 at {where}{why}")
+
+
+def _in_words(error: Exception) -> str:
+    if "Ping failed" in str(error):
+        return "what listens there is no store of torch's, but something else: another program, or a proxy in between"
+    return str(error).partition("\n")[0]
 
 
 def own_address(me: World) -> str:

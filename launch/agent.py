@@ -47,7 +47,7 @@ def main(control_fd: str, settings: str, scratch: str) -> int:
         signal.signal(number, lambda *_: None)
     start_guard(control, scratch)
     on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
-    with world.adopted({"TORCH_CPP_LOG_LEVEL": "ERROR"}):  # or the store's end is told at length, on the console
+    with world.adopted({"TORCH_CPP_LOG_LEVEL": "FATAL"}):  # or the store's end is told at length, on the console
         importlib.import_module("torch.distributed.launcher.api")
     importlib.import_module(f"{__package__}.meeting")
     on_parents_death(0)
@@ -65,6 +65,7 @@ class _Agent:
         self._control = control
         self._terms = Terms(**settings["terms"])
         self._endpoint: str | None = settings["endpoint"]
+        self._join_s: int = settings["join_s"]
         self._meeting: Meeting | None = None
         self._scratch = scratch
         self._lines = Lines()
@@ -94,7 +95,7 @@ class _Agent:
     def _elastic(self) -> None:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+        from torch.distributed.elastic.rendezvous import RendezvousTimeoutError, rendezvous_handler_registry
         from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
         from . import meeting
@@ -126,13 +127,19 @@ class _Agent:
             self._tell(gave_up="the ranks ended before they had begun")
         except UserError as error:
             self._tell(refused=str(error))
+        except RendezvousTimeoutError:
+            nodes = terms.min_nodes if terms.min_nodes == terms.max_nodes else f"{terms.min_nodes} or more"
+            self._tell(
+                gave_up=f"the launchers of {nodes} machines were to meet at {self._endpoint}, and not all have come "
+                f"within {self._join_s} s: they were not started, or cannot reach it"
+            )
         except Exception as error:  # noqa: BLE001 - whatever keeps the agents from meeting goes to the user
             self._tell(gave_up=f"torch's elastic agent gave up: {type(error).__name__}: {error}")
 
     def _open_meeting(self, _: object) -> Meeting:
         from .meeting import open_meeting  # with torch, which is there by now
 
-        self._meeting = open_meeting(self._terms, self._endpoint, self._tell)
+        self._meeting = open_meeting(self._terms, self._endpoint, self._join_s, self._tell)
         return self._meeting
 
     def _take_births(self) -> None:

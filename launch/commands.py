@@ -12,7 +12,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ddpkit import config as configs
-from ddpkit import factories
+from ddpkit import factories, world
 from ddpkit.checkpoint import claim, listing
 from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
@@ -140,7 +140,8 @@ def doctor(arguments: Namespace) -> int:
             "doctor: a submitted job answers too late; have Slurm start ranks here and now: "
             "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"
         )
-    from . import doctor as examination  # with torch, only here
+    with world.adopted({"TORCH_CPP_LOG_LEVEL": "FATAL"}):  # or torch tells at length what the doctor says in a line
+        from . import doctor as examination  # with torch, only here
 
     return examination.examine(settings, arguments.launcher)
 

@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
 
@@ -25,6 +26,8 @@ from .output import Output
 from .plan import visible_gpus
 from .supervise import Node
 
+_JOIN_S = 15  # for the launchers of several machines
+_LIMIT_S = 25.0  # for all that is to be found out, after the import of torch
 _RANKS = 2  # for a start here, where nobody has said how many
 
 
@@ -70,7 +73,7 @@ def examine(settings: Launch, launcher: str | None) -> int:
     who = f"{ranks} ranks by launcher {settings.launcher}"
     if settings.launcher == "torchrun":
         terms = Terms(nproc, fewest, most, max_restarts=0)
-        return _examine_started(ElasticNode(terms, env, settings.rdzv_endpoint), who)
+        return _examine_started(ElasticNode(terms, env, settings.rdzv_endpoint, join_s=_JOIN_S), who)
     return _examine_started(Node(nproc, settings.start_method, env), who)
 
 
@@ -81,6 +84,9 @@ def _examine_here(here: World) -> int:
     from ddpkit import talk  # torch, only now
 
     started = time.monotonic()
+    limit = threading.Timer(_LIMIT_S, _give_up, (here,))
+    limit.daemon = True
+    limit.start()
     try:
         problems = talk.check(here)
     except RanksMissing as error:
@@ -94,6 +100,12 @@ def _examine_here(here: World) -> int:
     if here.is_main:
         _conclude(problems, f"{here.world_size} rank(s) of {here.source.partition(',')[0]}", started)
     return EXIT_FAILED if problems else EXIT_DONE
+
+
+def _give_up(here: World) -> None:
+    """Some of torch's waits have no end, such as one for a port on which something else listens."""
+    _say([f"rank {here.rank} on {here.host} still waits after {_LIMIT_S:g} s; somebody listens, and does not answer"])
+    os._exit(EXIT_FAILED)
 
 
 def _examine_started(node: Node, who: str) -> int:

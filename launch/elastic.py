@@ -23,6 +23,7 @@ from .causes import follows, order_by_cause
 from .job import Failure, Job, Terms
 from .supervise import LaunchFailed, Node, Outcome, Rank
 
+_JOIN_S = 900  # as torchrun waits
 _HEAR_S = 0.6  # for what other launchers have told already
 _SETTLE_S = 3.0  # for what the ranks of other machines have to say of the same failure
 
@@ -59,20 +60,24 @@ class ElasticNode(Node):
         terms: ranks and machines, the same for the launchers on all of them.
         env: variables for every rank besides those that say who it is.
         endpoint: ``host:port`` of one of the machines, where all meet; None on one machine.
+        join_s: seconds for the launchers of all machines to come.
     """
 
-    def __init__(self, terms: Terms, env: Mapping[str, str], endpoint: str | None = None) -> None:
+    def __init__(
+        self, terms: Terms, env: Mapping[str, str], endpoint: str | None = None, join_s: int = _JOIN_S
+    ) -> None:
         # With a store shared between the attempts, gloo on one node finds the addresses of ranks that are gone.
         super().__init__(terms.nproc, "spawn", {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **env})
         self.is_numbered_late = not terms.alone
         self._terms = terms
         self._endpoint = endpoint
+        self._join_s = join_s
         self._rounds: dict[int, _Round] = defaultdict(_Round)
         self._current = 0
         self._stopped: DdpkitError | None = None  # the agent has, for this reason
 
     def _role(self, control: int) -> list[str]:
-        settings = {"terms": vars(self._terms), "endpoint": self._endpoint}
+        settings = {"terms": vars(self._terms), "endpoint": self._endpoint, "join_s": self._join_s}
         return ["agent", str(control), json.dumps(settings), self._scratch]
 
     def number(self, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]) -> AttemptFile | Outcome:

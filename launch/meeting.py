@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
-from torch.distributed.elastic.rendezvous import RendezvousInfo, RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousInfo, RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend, create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
@@ -28,8 +28,8 @@ from ddpkit.world import World
 
 from .job import Terms
 
-_JOIN_S = 900  # for the agents of all machines to come, as torchrun waits
 _LAST_CALL_S = 15  # with a range of machines: for more of them, once there are enough
+_CONNECT_S = 60  # for the launcher on the endpoint's machine to be there
 _KEEP_ALIVE_S = 2  # a machine that has said nothing three times in a row is gone
 _ROLL_S = 60.0  # all have just joined
 _LISTEN_EVERY_S = 0.2
@@ -174,20 +174,23 @@ class _Round:
             count = self.store.add("parted", 0)
 
 
-def open_meeting(terms: Terms, endpoint: str | None, tell: Callable[..., None]) -> Meeting:
+def open_meeting(terms: Terms, endpoint: str | None, join_s: int, tell: Callable[..., None]) -> Meeting:
     """Make the rendezvous of one agent.
 
     Args:
         terms: what this launcher was started with.
         endpoint: ``host:port`` of one of the machines; unused where there is only one.
+        join_s: seconds for the agents of all machines to come.
         tell: called with what the launcher has to know, from other threads too.
+
+    Raises:
+        UserError: the endpoint's name leads nowhere, or nothing of ours is there.
     """
     if terms.alone:
         store: Store = rendezvous.serve(rendezvous.listen())  # on the loopback; torch would listen everywhere
         backend = C10dRendezvousBackend(store, NAME)
     else:
-        parameters = RendezvousParameters("c10d", endpoint or "", NAME, terms.min_nodes, terms.max_nodes)
-        backend, store = create_backend(parameters)
+        backend, store = _join_store(terms, endpoint or "", min(join_s, _CONNECT_S))
     meeting = Meeting.from_backend(
         NAME,
         store,
@@ -195,9 +198,30 @@ def open_meeting(terms: Terms, endpoint: str | None, tell: Callable[..., None]) 
         terms.min_nodes,
         terms.max_nodes,
         "127.0.0.1" if terms.alone else None,
-        RendezvousTimeout(join=timedelta(seconds=_JOIN_S), last_call=timedelta(seconds=_LAST_CALL_S)),
+        RendezvousTimeout(join=timedelta(seconds=join_s), last_call=timedelta(seconds=_LAST_CALL_S)),
         keep_alive_interval=_KEEP_ALIVE_S,
     )
     assert isinstance(meeting, Meeting)
     meeting.terms, meeting.tell = terms, tell
     return meeting
+
+
+def _join_store(terms: Terms, endpoint: str, timeout_s: int) -> tuple[C10dRendezvousBackend, Store]:
+    host = endpoint.rpartition(":")[0] or endpoint
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)  # torch would ask again and again
+    except OSError as error:
+        raise UserError(
+            f"launch.rdzv_endpoint: {endpoint}: that machine's name leads nowhere ({error.strerror}); give its address"
+        ) from error
+    parameters = RendezvousParameters(
+        "c10d", endpoint, NAME, terms.min_nodes, terms.max_nodes, read_timeout=str(timeout_s)
+    )
+    try:
+        return create_backend(parameters)
+    except RendezvousConnectionError as error:
+        raise UserError(
+            f"launch.rdzv_endpoint: {endpoint} cannot be reached from {socket.gethostname()} within {timeout_s} s: "
+            f"{error.__cause__ or error}. The launcher on that machine has not been started, or something between them "
+            "blocks the way."
+        ) from error

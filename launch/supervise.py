@@ -369,9 +369,10 @@ class Node:
             if rank.was_ended:
                 return self._failure(rank, rank.ended, ENDED_BY_US)
             failure = self._failure(rank, rank.ended, explain(rank.ended))
-            if rank.ended != -signal.SIGABRT:  # so end those who find that another one is gone
+            # So end those who find that another one is gone, or who are ended because of it.
+            if rank.ended not in (-signal.SIGABRT, -signal.SIGTERM):
                 failure = replace(failure, when=failure.when - _DYING_S)
-        if failure.kind in ("", WORKER_DIED) and not failure.traceback:  # no words of the user's code but these
+        if failure.kind == WORKER_DIED or not (failure.kind or failure.traceback):  # no words of the user's but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
         return failure if rank.was_ended else judge(failure, rank.memory)
 
