@@ -110,7 +110,9 @@ def test_an_interrupt_ends_a_script_whose_other_rank_is_deep_in_a_collective(she
     assert (done.returncode, done.stderr) == (130, "ddpkit: ended by SIGINT\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM], ids=["int", "term"]
+)
 def test_a_signal_to_every_process_is_one_stop(shell: Shell, number: int) -> None:
     # A cluster manager signals all processes of a job, the one that starts the ranks and loader workers included.
     shell.config(**LONG)
@@ -224,7 +226,8 @@ def test_sigkill_leaves_nothing(shell: Shell, victims: str) -> None:
         assert err.count("failed: SIGKILL") == 1
 
 
-@pytest.mark.parametrize("how", ["trap", pytest.param("nohup", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["trap", "nohup"])
 def test_sigkill_of_a_launcher_in_the_background_leaves_nothing(shell: Shell, how: str) -> None:
     shell.config(**LONG)
     command = f"{sys.executable} -m ddpkit run config.yaml"
@@ -239,6 +242,7 @@ def test_sigkill_of_a_launcher_in_the_background_leaves_nothing(shell: Shell, ho
     shell.assert_nothing_left(within_s=5)
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_launcher_during_the_start_leaves_nothing(shell: Shell) -> None:
     shell.config(**LONG)
     child = shell.start("run", "config.yaml")
@@ -256,6 +260,7 @@ def test_a_script_that_never_stops_writing_can_be_interrupted(shell: Shell) -> N
     assert finish(child, 20).returncode == 130
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_work_is_done_does_not_make_it_a_failure(shell: Shell) -> None:
     late = (
         "import atexit, os, signal\nfrom tests.toy import step\natexit.register(os.kill, os.getpid(), signal.SIGTERM)\n"
