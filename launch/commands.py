@@ -76,6 +76,11 @@ def launch(arguments: Namespace) -> int:
     settings = configs.load_launch(overrides)
     if settings.launcher == "inline":
         raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
+    for key in ("timeout_s", "stall_timeout_s"):
+        if key in settings.model_fields_set:
+            raise UserError(
+                f"launch.{key}: a script gives it to its own runtime: ddpkit.runtime({key}={getattr(settings, key):g})"
+            )
     job = _script_job(arguments)
     is_chosen = settings.launcher == "slurm" and arguments.run_dir is None
     run_dir = slurm.new_home(_name(job)) if is_chosen else arguments.run_dir
