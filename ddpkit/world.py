@@ -121,6 +121,11 @@ def allocation(env: Mapping[str, str]) -> Allocation | None:
     return Allocation(env["SLURM_JOB_ID"], restarts, env.get("SLURMD_NODENAME"), index, ends_at)
 
 
+def cpus_per_task(env: Mapping[str, str]) -> int | None:
+    """The cores of each task of a Slurm step; None if nobody has asked for a number."""
+    return _number(env, "SLURM_CPUS_PER_TASK") if "SLURM_CPUS_PER_TASK" in env else None
+
+
 def environment() -> dict[str, str]:
     """A copy of this process's environment, for launchers that compose that of their children."""
     return dict(os.environ)

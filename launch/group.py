@@ -140,8 +140,13 @@ def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int, g
         report = first.message if first.is_users_input else report_failure(outcome.failures, attempt)
         _say(report)
     elif outcome.exit_code != EXIT_DONE and not outcome.regroups:
-        _say(f"{how}, state saved; {goes_on}" if outcome.is_saved else how)
+        _say(f"{how}, {_what_is_saved(plan, attempt.run_dir)}; {goes_on}" if outcome.is_saved else how)
     return Ended(outcome.exit_code, outcome, report)
+
+
+def _what_is_saved(plan: Plan, run_dir: Path) -> str:
+    has_none = plan.job.kind == "run" and not listing.complete(listing.checkpoints_directory(run_dir))
+    return "before there was anything to save" if has_none else "state saved"
 
 
 def _how(outcome: Outcome) -> str:

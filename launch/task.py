@@ -145,7 +145,9 @@ def _place(plan: Plan, me: World) -> Place:
 def _environment(plan: Plan, me: World, place: Place) -> dict[str, str]:
     """Variables for the ranks of this node: decided here, on the machine that they are for."""
     env = world.environment()
-    cores = len(os.sched_getaffinity(0)) * (1 if plan.start_method == "warm" else plan.nproc)
+    # As asked for, where something was: whether Slurm also binds tasks to cores is the cluster's affair.
+    per_task = world.cpus_per_task(env)
+    cores = per_task * me.local_world_size if per_task is not None else len(os.sched_getaffinity(0))
     added = world.thread_and_network_defaults(env, plan.nproc, cores, plan.nnodes)
     # A host name, which gloo would take otherwise, may lead to another network than the nodes' own, or nowhere.
     interface = _interface_towards(place.master_addr)

@@ -9,7 +9,7 @@ import pytest
 
 from ddpkit import slurm
 from ddpkit.errors import UserError
-from ddpkit.world import World, tasks_per_node, thread_and_network_defaults
+from ddpkit.world import World, cpus_per_task, tasks_per_node, thread_and_network_defaults
 
 RANK_3 = {
     "RANK": "3",
@@ -224,3 +224,8 @@ def test_defaults_leave_what_the_user_has_set() -> None:
     assert thread_and_network_defaults({}, 8, 2)["OMP_NUM_THREADS"] == "1"
     chosen = {"OMP_NUM_THREADS": "9", "GLOO_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": ""}
     assert thread_and_network_defaults(chosen, 3, 8) == {}
+
+
+def test_cores_of_a_task() -> None:
+    assert cpus_per_task({"SLURM_CPUS_PER_TASK": "6"}) == 6
+    assert cpus_per_task({}) is None
