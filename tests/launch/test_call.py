@@ -80,6 +80,7 @@ def test_results_come_in_order_of_ranks_whatever_they_are(capfd: pytest.CaptureF
     assert capfd.readouterr().out == "said by rank 0\n"
 
 
+@pytest.mark.slow
 def test_large_arguments_and_a_thread_as_the_caller(capsys: pytest.CaptureFixture[str]) -> None:
     results: list[int] = []
     given = b"x" * (30 << 20)
@@ -159,6 +160,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_functions_and_types_of_main_and_an_interrupt(shell: Shell) -> None:
     script = shell.script("notebook.py", NOTEBOOK)
     child = shell.start(script, prefix=(sys.executable,))

@@ -41,6 +41,7 @@ def test_the_present_world(shell: Shell) -> None:
     assert "2 rank(s) of Open MPI: every pair can talk, and all together" in first.stdout
 
 
+@pytest.mark.slow
 def test_variables_that_are_half_set(shell: Shell) -> None:
     done = shell.run("doctor", "--launcher", "inline", env={"PMI_RANK": "1", "RANK": "0", "WORLD_SIZE": "1"})
     assert "RANK and WORLD_SIZE: decides: rank 0 of 1" in done.stdout and "MPICH: broken: " in done.stdout

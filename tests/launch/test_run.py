@@ -81,6 +81,7 @@ def test_a_restart_goes_on_from_the_checkpoint(shell: Shell) -> None:
     assert "restore" in " ".join(kinds)
 
 
+@pytest.mark.slow
 def test_an_inline_run_is_interrupted_and_goes_on(shell: Shell) -> None:
     _config_with(shell)
     inline = ("--launcher", "inline", "-o", "launch.nproc_per_node=1")

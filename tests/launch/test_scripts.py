@@ -170,6 +170,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_they_listen_on_the_loopback_only(shell: Shell) -> None:
     shell.script("groups.py", GROUPS)
     children = [shell.start("launch", "--nproc-per-node", "2", "groups.py") for _ in range(2)]
@@ -255,6 +256,7 @@ def test_the_checkout_is_what_these_tests_run(shell: Shell) -> None:
     assert Path(done.stdout.strip()).parent == ROOT / "ddpkit"
 
 
+@pytest.mark.slow
 def test_rank_zero_alone_reads_what_is_piped_in(shell: Shell) -> None:
     shell.script("read.py", "import os, sys\nprint(os.environ['RANK'], repr(sys.stdin.read()))\n")
     (shell.cwd / "input").write_text("hello\n")

@@ -183,6 +183,7 @@ def _on_ranks(x: int) -> Any:
     return total.item(), count
 
 
+@pytest.mark.slow
 def test_a_function_on_ranks() -> None:
     assert launch.torchrun(_on_ranks, 5, nproc_per_node=2, max_restarts=1) == [(11.0, 1)] * 2
 

@@ -115,6 +115,7 @@ def in_a_section(action: str, scope: str, work_s: float) -> tuple[float, str]:
     return waited, told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["global", "node"])
 def test_no_training_timeout_ends_a_section_that_rank_zero_works_in(scope: str) -> None:
     for waited, _ in run_ranks(in_a_section, 3, "sleep", scope, 5.0):

@@ -38,6 +38,7 @@ from tests.resume.runs import (
 )
 
 
+@pytest.mark.slow
 def test_whatever_is_killed_the_same_command_at_once_goes_on(tmp_path: Path) -> None:
     changes = {"data__loader": {"num_workers": 2}, "checkpoint": {"every_steps": 2}}
     assert start(tree(tmp_path / "reference", **changes), 2) == "done"
@@ -87,6 +88,7 @@ def waiting_step(model: nn.Module, batch: Any) -> Any:
     return toy.step(model, batch)
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_and_the_first_is_not_disturbed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
