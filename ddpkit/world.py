@@ -25,8 +25,6 @@ class Allocation(NamedTuple):
     job_id: str
     restart_count: int
     """How often Slurm has started the job again, with the same id."""
-    node: str | None
-    """Slurm's name of this node."""
     array_index: int | None
     """Which job of an array of jobs this is."""
     ends_at: float | None = None
@@ -118,7 +116,7 @@ def allocation(env: Mapping[str, str]) -> Allocation | None:
     restarts = _number(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0  # absent at first
     index = _number(env, "SLURM_ARRAY_TASK_ID") if "SLURM_ARRAY_TASK_ID" in env else None
     ends_at = float(_number(env, "SLURM_JOB_END_TIME")) if "SLURM_JOB_END_TIME" in env else None
-    return Allocation(env["SLURM_JOB_ID"], restarts, env.get("SLURMD_NODENAME"), index, ends_at)
+    return Allocation(env["SLURM_JOB_ID"], restarts, index, ends_at)
 
 
 def cpus_per_task(env: Mapping[str, str]) -> int | None:

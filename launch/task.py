@@ -47,7 +47,6 @@ class _Task:
         suffix = "" if index is None else f"-{index}"
         self._outcome = directory / f"outcome{suffix}.json"
         self._me = me
-        self._allocation = allocation
         text = (directory / f"plan{suffix}.json").read_bytes()
         self._token = hashlib.sha256(text).hexdigest()
         self._plan = _here(Plan.from_json(json.loads(text)), directory)

@@ -106,7 +106,7 @@ def test_signals_are_left_as_they_were_found() -> None:
 
 
 def test_the_warning_signal_is_a_request_under_slurm_alone() -> None:
-    job = Allocation("7", 0, "n1", None, ends_at=time.time() + 3600)
+    job = Allocation("7", 0, None, ends_at=time.time() + 3600)
     inside = World(allocation=job, has_launcher=True)
     with ddpkit.runtime(world=inside) as rt:
         os.kill(os.getpid(), signal.SIGUSR2)

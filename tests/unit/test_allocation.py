@@ -27,7 +27,7 @@ class Controller:
         return JobState("RUNNING", "None", 0, True, False, self.ends_at)
 
     def end(self, told: float | None = None) -> End:
-        return End(Allocation("7", 0, "n1", None, told), self.ask, lambda: self.now)
+        return End(Allocation("7", 0, None, told), self.ask, lambda: self.now)
 
     def first_stop(self, end: End, until: float = 2000, save_s: float = 0.0, step_s: float = 0.0) -> float | None:
         """The second at which a look every second first asks for a stop."""

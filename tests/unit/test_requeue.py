@@ -16,7 +16,7 @@ from ddpkit.world import Allocation
 
 RUNNING = JobState("RUNNING", "None", restarts=1, is_requeueable=True, is_preempted=False, ends_at=2000.0)
 IN_GRACE = replace(RUNNING, is_preempted=True)
-SECOND_START = Allocation(job_id="7", restart_count=1, node="n1", array_index=None)
+SECOND_START = Allocation(job_id="7", restart_count=1, array_index=None)
 
 
 @pytest.mark.parametrize(
