@@ -123,7 +123,7 @@ class StallWatch:
             return  # it goes on, after all
         text = f"no progress for {still_s:.0f} s (launch.stall_timeout_s)"
         if not verdict.is_stalled:
-            log.warning("%s, but no rank is stuck:\n%s", text, verdict.text)
+            log.warning("%s; as long as nobody waits, this may be a step that takes long:\n%s", text, verdict.text)
             return
         error = Stalled(f"{text}:\n{verdict.text}")
         tell_failure(PrefixStore(AGREEMENTS, store), self._world.rank, f"{type(error).__name__}: {error}")
