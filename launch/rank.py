@@ -53,7 +53,12 @@ def run(job: Job, order: RankOrder) -> int:
     me = os.getpid()
     _report_stalls(order, with_exception=job.kind == "call")
     try:
-        _do(job, order)
+        try:
+            _do(job, order)
+        except BaseException:
+            # torch's handler raises what it has to say of a dead loader worker wherever we are: here, or not at all.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
     except BaseException as error:
         if os.getpid() != me:
             raise  # a process that the script has forked: what becomes of it is the script's own business
