@@ -21,6 +21,8 @@ from .memory import PERHAPS_THE_KERNEL, WORKER_DIED
 
 ENDED_BY_US = "ended by the launcher, as it did not end by itself"
 WAITED = "ended by the launcher while it waited for others"
+LEFT_EARLY = "left with exit code {code} while others were still at work"
+LEFT_RUN = "left with exit code {code} before the run was done"
 
 _CONSEQUENCE_KINDS = {
     "RankFailed",

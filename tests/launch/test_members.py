@@ -30,7 +30,8 @@ from launch import members, plan
 from launch.job import Failure, Job
 from launch.members import LeadingNode, Membership
 from launch.output import Output
-from launch.supervise import LaunchFailed, Outcome, Place
+from launch.ranks import Outcome, Place
+from launch.supervise import LaunchFailed
 from tests.launch.shell import Shell, finish, wait_for
 
 CHILD = Path(launch.__file__).with_name("child.py")
