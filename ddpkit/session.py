@@ -25,6 +25,7 @@ from ddpkit.allocation import ENDS, AllocationWatch
 from ddpkit.checkpoint import listing as checkpoints
 from ddpkit.errors import NoProgress, StopRequested, UserError
 from ddpkit.fetching import LoaderOptions
+from ddpkit.gathering import GatheringWatch
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.loader import Loader
 from ddpkit.permutation import derive
@@ -81,6 +82,7 @@ class Runtime:
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
         self._has_own_stream = False
+        self._entry = 0
         self.ranks: Ranks
         self.stop: StopVote
 
@@ -89,7 +91,10 @@ class Runtime:
         try:
             # First: a stop that comes before the group has formed is to be one of all ranks, too.
             requests = self._stack.enter_context(Requests(self._stop_signals()))
-            self._form_group()
+            with GatheringWatch(
+                self.world, requests, self._who_is_missing, self._stall_timeout_s, self._come_back_before_the_group
+            ):
+                self._form_group()
             self.stop = self._stack.enter_context(StopVote(self.world, requests, self._connect, self.heartbeat))
             watch = StallWatch(self.world, self._connect, self.heartbeat, self._stall_timeout_s, self.stop)
             self._stack.enter_context(watch)
@@ -344,6 +349,10 @@ class Runtime:
         """The Slurm job whose return is for these ranks to see to."""
         return None if self.world.has_launcher else self.world.allocation
 
+    def _come_back_before_the_group(self, signal_name: str) -> None:
+        if self.is_main and (allocation := self._own_allocation) is not None:
+            self._come_back(allocation, signal_name)
+
     def _come_back(self, allocation: Allocation, signal_name: str | None) -> None:
         directory = checkpoints.checkpoints_directory(self._run_dir) if self._run_dir is not None else None
         saved = checkpoints.complete(directory) if directory is not None else []
@@ -380,6 +389,14 @@ class Runtime:
 
     def _connect(self) -> Store:
         return PrefixStore(f"runtime/{self._entry}", rendezvous.connect(self.world, self._timeout_s))
+
+    def _who_is_missing(self, timeout_s: float) -> list[int]:
+        """The ranks that have not entered as often as this one."""
+        store = rendezvous.connect(self.world, timeout_s)
+        counts = {rank: f"entered/{rank}" for rank in range(self.world_size)}
+        return [
+            rank for rank, key in counts.items() if not store.check([key]) or int(store.get(key)) < max(self._entry, 1)
+        ]
 
     def _form_group(self) -> None:
         self._stack.enter_context(rendezvous.hosting(self.world))

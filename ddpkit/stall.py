@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +22,8 @@ from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distrib
 
 from ddpkit import rollcall
 from ddpkit.agree import AGREEMENTS, tell_failure
-from ddpkit.errors import EXIT_FAILED, Stalled
+from ddpkit.errors import Stalled
+from ddpkit.gathering import end_process
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.rollcall import Verdict
 from ddpkit.stop import StopVote
@@ -174,18 +173,10 @@ class StallWatch:
         store.set(_STALLED, str(self._world.rank))
         if not self._world.agent_store and self._world.is_main:
             time.sleep(2 * _LOOK_S)  # for the others to see it: the store ends with this process
-        self._end(error)
+        end_process(error)
 
     def _follow(self, store: Store) -> None:
         """End this rank too, where nobody else does, and give its main thread the time to do so by itself."""
         by = store.get(_STALLED).decode()
         if not self._leaving.wait(_FOLLOW_S):
-            self._end(Stalled(f"rank {by} has found that the run is stalled, and this rank with it"))
-
-    def _end(self, error: Stalled) -> None:
-        # By this hook launchers hear of it; by itself it prints the error.
-        threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread)))
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(EXIT_FAILED)  # no other way out past a main thread that nothing wakes
+            end_process(Stalled(f"rank {by} has found that the run is stalled, and this rank with it"))
