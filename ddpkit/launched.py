@@ -24,11 +24,13 @@ class Launched:
         timeout_s: of collectives, as the launcher was told; None leaves it to the script.
         stall_timeout_s: alike.
         begun: called by the runtime as soon as this rank takes part in agreements.
+        stopped: called if this process is about to end by a stop that came before.
     """
 
     timeout_s: float | None = None
     stall_timeout_s: float | None = None
     begun: Callable[[], None] = _to_nobody
+    stopped: Callable[[], None] = _to_nobody
 
 
 _surrounding: ContextVar[Launched] = ContextVar("ddpkit.launched", default=Launched())  # noqa: B039 - it is frozen

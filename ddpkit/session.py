@@ -83,6 +83,7 @@ class Runtime:
         self._loaders: list[Loader] = []
         self._has_own_stream = False
         self._entry = 0
+        self._launched = launched.surrounding()
         self.ranks: Ranks
         self.stop: StopVote
 
@@ -107,7 +108,7 @@ class Runtime:
         except BaseException:
             self._stack.close()
             raise
-        launched.surrounding().begun()
+        self._launched.begun()
         return self
 
     def __exit__(
@@ -352,6 +353,7 @@ class Runtime:
     def _come_back_before_the_group(self, signal_name: str) -> None:
         if self.is_main and (allocation := self._own_allocation) is not None:
             self._come_back(allocation, signal_name)
+        self._launched.stopped()
 
     def _come_back(self, allocation: Allocation, signal_name: str | None) -> None:
         directory = checkpoints.checkpoints_directory(self._run_dir) if self._run_dir is not None else None

@@ -66,7 +66,7 @@ def run(job: Job, order: RankOrder) -> int:
     _report_stalls(order, with_exception=job.kind == "call")
     try:
         try:
-            with surrounded(Launched(**job.runtime, begun=partial(_report, order, {"reached": BEGUN}))):
+            with surrounded(_launched(job, order)):
                 _do(job, order)
         except BaseException:
             # torch's handler raises what it has to say of a dead loader worker wherever we are: here, or not at all.
@@ -90,6 +90,12 @@ def run(job: Job, order: RankOrder) -> int:
                 stream.flush()
     _report(order, {"reached": DONE})
     return EXIT_DONE
+
+
+def _launched(job: Job, order: RankOrder) -> Launched:
+    """What the job's runtime is to know."""
+    begun, stopped = (partial(_report, order, {"reached": reached}) for reached in (BEGUN, STOPPED))
+    return Launched(**job.runtime, begun=begun, stopped=stopped)
 
 
 def _report_stalls(order: RankOrder, with_exception: bool) -> None:

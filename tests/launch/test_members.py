@@ -194,7 +194,7 @@ class Follower:
         assert b'"start"' in self._connection.recv(4096)
         failure = Failure(self._rank, "other", when + self._ahead_s, 1, message=f"of {self._rank}")
         self.send(now=time.monotonic() + self._ahead_s - took_s, failures=[failure.to_json()])
-        self.send(now=time.monotonic() + self._ahead_s, codes=[1], results=[""])
+        self.send(now=time.monotonic() + self._ahead_s, left=[], stopped=False, results=[""])
 
 
 def test_nodes_with_different_numbers_of_gpus() -> None:
