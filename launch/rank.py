@@ -89,6 +89,7 @@ def run(job: Job, order: RankOrder) -> int:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     _report(order, {"reached": DONE})
+    _report(order, {"leaves": time.monotonic()})
     return EXIT_DONE
 
 
@@ -187,6 +188,8 @@ def _show_log() -> None:
 
 
 def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
+    if leaving.code in (None, EXIT_DONE, EXIT_STOPPED):
+        _report(order, {"leaves": time.monotonic()})
     if leaving.code is None:
         return EXIT_DONE
     if isinstance(leaving.code, int):

@@ -73,6 +73,7 @@ class Rank:
         ended: its exit status, once it has one; negative for a signal.
         when: that was, on this machine's monotonic clock.
         reached: the milestones of its job that it has told of.
+        left_at: when it began to leave, if it has told of that; its end, by which others notice, takes longer.
         failure: what it has said of its own, or somebody had to say for it.
         memory: what it held before its end.
         result: of a "call".
@@ -86,6 +87,7 @@ class Rank:
     ended: int | None = None
     when: float = 0.0
     reached: set[str] = field(default_factory=set)
+    left_at: float | None = None
     failure: Failure | None = None
     memory: Memory | None = None
     result: str = ""
@@ -103,7 +105,7 @@ class Rank:
     def begin(self) -> None:
         """Forget the attempt before."""
         self.ended, self.reached, self.failure, self.result, self._report = None, set(), None, "", Lines()
-        self.stacks, self.was_ended = b"", False
+        self.left_at, self.stacks, self.was_ended = None, b"", False
 
     def hear(self, data: bytes) -> bool:
         """Take what it has reported; says whether it has told of a failure."""
@@ -113,6 +115,8 @@ class Rank:
                 self.failure, failed = Failure.from_json(message["failure"]), True
             elif "reached" in message:
                 self.reached.add(message["reached"])
+            elif "leaves" in message:
+                self.left_at = message["leaves"]
             else:
                 self.result = message["result"]
         return failed
@@ -143,7 +147,8 @@ class Rank:
     def failure_of_leaving(self) -> Failure:
         """What is to be said of it if it should not have left."""
         assert self.ended is not None  # it has left
-        return self.failed(self.ended, LEFT_EARLY.format(code=self.ended))
+        failure = self.failed(self.ended, LEFT_EARLY.format(code=self.ended))
+        return replace(failure, when=failure.when - _DYING_S if self.left_at is None else self.left_at)
 
     def failure_of_its_end(self) -> Failure:
         """How it failed: in its own words, or by what was seen of its end."""
