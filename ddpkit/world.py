@@ -371,7 +371,7 @@ def _is_set(env: Mapping[str, str], names: Sequence[str], rule: str) -> bool:
 def _met(env: Mapping[str, str], world: World) -> World:
     """Add where the ranks meet, as far as somebody has said so."""
     port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else None
-    return replace(world, master_addr=env.get("MASTER_ADDR"), master_port=port)
+    return replace(world, master_addr=env.get("MASTER_ADDR") or None, master_port=port)  # empty: nobody's word
 
 
 def _check(world: World, names: _Names, *, numbered_by_node: bool) -> None:

@@ -98,6 +98,7 @@ def test_what_is_written_is_read_back() -> None:
         ({"LOCAL_WORLD_SIZE": "0"}, r"LOCAL_WORLD_SIZE=0"),
         ({"LOCAL_WORLD_SIZE": "3"}, r"WORLD_SIZE=4 is not a multiple of LOCAL_WORLD_SIZE=3"),
         ({"MASTER_ADDR": None}, r"WORLD_SIZE=4 needs MASTER_ADDR"),
+        ({"MASTER_ADDR": ""}, r"WORLD_SIZE=4 needs MASTER_ADDR"),
         ({"MASTER_PORT": None}, r"WORLD_SIZE=4 needs MASTER_PORT"),
         ({"MASTER_PORT": "http"}, r"MASTER_PORT='http'"),
         ({"MASTER_PORT": "0"}, r"MASTER_PORT=0 is no port"),
