@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -31,6 +32,7 @@ from ddpkit.seeding import epoch_key, host_generators_kept, sample_key, seed_hos
 from ddpkit.world import World
 
 _COLLATE = 1 << 63  # sets a batch's own stream apart from those of its samples
+_DYING_S = 1.0  # a process's connections are closed a moment before its parent can see its end
 _LOOK_S = 0.5  # how often somebody who waits for a batch is asked whether to wait on
 # A cluster manager signals every process of a job step; whether to stop is the rank's business.
 _NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -224,10 +226,20 @@ class Fetcher:
                 yield next(iterator)
             except StopIteration:
                 return
+            except (ConnectionError, EOFError) as error:
+                if " in DataLoader worker process " not in str(error):  # it lives, and tells of something of its own
+                    self._blame_the_dead(error)
+                raise
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
                 self._while_waiting()
+
+    def _blame_the_dead(self, error: Exception) -> None:
+        """Say in torch's words if a worker has died while it handed a batch over: by then its end may not show yet."""
+        ended = wait([worker.sentinel for worker in self._workers], _DYING_S)
+        if pids := [str(worker.pid) for worker in self._workers if worker.sentinel in ended]:
+            raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(pids)}) exited unexpectedly") from error
 
     def close(self) -> None:
         """End the workers now. One that is deep in a fetch would hold up the end of the process."""
