@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -38,6 +39,7 @@ from ddpkit.world import Allocation, World
 
 log = logging.getLogger("ddpkit")
 
+_TOLD_S = 0.3  # they look every 20 ms
 _CLOSING_S = 60.0  # ranks leave together, but one that does not come must not hold the others for long
 
 
@@ -380,7 +382,7 @@ class Runtime:
 
     def _note_before_the_run(self, step: int, why: str) -> None:
         if self._run_dir is not None and self._run_dir.is_dir():
-            recorder = Recorder(self._run_dir, is_main=True, attempt=0)
+            recorder = Recorder(self._run_dir, is_main=True, attempt=None)
             recorder.event(requeue.EVENT, step=step, reason=why)
             recorder.close()
 
@@ -451,6 +453,8 @@ class Runtime:
         except Exception as telling:  # noqa: BLE001 - the error itself matters, and the store may be what failed
             log.debug("could not tell the others: %s", telling)
             return
+        if self.is_main and self.world_size > 1 and not self.world.agent_store:
+            time.sleep(_TOLD_S)  # for the others to read it: the store ends with this process
         if rank != self.rank and is_consequence(error) and not isinstance(error, RankFailed):
             raise RankFailed(f"rank {rank} failed: {cause}") from error
 

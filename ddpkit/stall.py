@@ -166,7 +166,7 @@ class StallWatch:
         is_stopping = self._stop.is_known
         text = f"no progress for {still_s:.0f} s ({'asked to stop' if is_stopping else 'launch.stall_timeout_s'})"
         if not verdict.is_stalled:
-            log.warning("%s, but no rank is stuck:\n%s", text, verdict.text)
+            log.warning("%s; as long as nobody waits, this may be a step that takes long:\n%s", text, verdict.text)
             return
         error = Stalled(f"{text}:\n{verdict.text}")
         tell_failure(PrefixStore(AGREEMENTS, store), self._world.rank, f"{type(error).__name__}: {error}")
