@@ -75,7 +75,7 @@ def test_a_rank_zero_that_cannot_be_reached(shell: Shell, address: str, port: st
         threading.Thread(target=other.serve_forever, daemon=True).start()
         number = str(other.server_address[1]) if port == "other" else port
         env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": number}
-        code = f"from ddpkit import talk; talk._MEET_S = talk._STORE_S = 0.5; {_CLI}"
+        code = f"from ddpkit import talk; talk._MEET_S = 0.5; {_CLI}"
         # As the command line sees to it, before torch is imported.
         done = shell.run(prefix=(sys.executable, "-c", code), env=env | {"TORCH_CPP_LOG_LEVEL": "FATAL"})
         other.shutdown()
