@@ -92,7 +92,7 @@ def test_seeking_takes_no_memory(n: int) -> None:
     items = np.concatenate([permutation.take(0, 4096), permutation.take(n - 4096, n)])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2**20
+    assert peak < 2**22  # the tables of 1e9 are 2 MB
     assert len(np.unique(items)) == 8192
     assert z_of_chi_square(np.bincount(items // (n // 64 + 1), minlength=64)) < 4
 
