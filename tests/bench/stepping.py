@@ -18,7 +18,7 @@ from tests.bench.measure import SCRIPTS, Bar, Measurement, Row, in_turn, tool
 
 
 def _beside_peers(repeats: int) -> list[Row]:
-    command = [tool("ddpkit"), "launch", "--nproc-per-node", "2", str(SCRIPTS / "step_overhead.py"), str(4 * repeats)]
+    command = [tool("ddpkit"), "launch", "--nproc-per-node", "2", str(SCRIPTS / "step_overhead.py"), str(30 * repeats)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True
     )
