@@ -109,6 +109,7 @@ class _NumPy:
         else:
             *words, used = np.frombuffer(memory, dtype=np.uint32)
             np.random.set_state(("MT19937", np.array(words), int(used), int(stored is not None), stored or 0.0))
+            self._without_store = None
 
     def _find(self) -> None:
         """The memory of the present generator; the user may have put another one in its place."""
