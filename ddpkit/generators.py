@@ -36,7 +36,10 @@ class HostGenerators:
 
     def state(self) -> State:
         """Where they stand."""
-        return self._python.state(), self._numpy.state(), torch.default_generator.get_state().numpy().tobytes()
+        torch_cpu = torch.default_generator.get_state()
+        # By its address: `numpy().tobytes()` takes 5 us more in the middle of a training step.
+        copied = ctypes.string_at(torch_cpu.data_ptr(), torch_cpu.nbytes)
+        return self._python.state(), self._numpy.state(), copied
 
     def restore(self, state: State) -> None:
         """Put them back to where they stood."""

@@ -259,7 +259,7 @@ class Run:
             self.progress.evaluated = self.progress.step
         place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
         self._recorder.metrics(kind, place, values, **clock)
-        if self._rt.is_main:
+        if self._rt.is_main and log.isEnabledFor(logging.INFO):
             shown = "  ".join(f"{name} {value:.4g}" for name, value in (*values.items(), *clock.items()))
             log.info("%s  epoch %d  step %d  %s", kind, self.progress.epoch, self.progress.step, shown)
 
