@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import zipfile
 from argparse import Namespace
 from dataclasses import replace
 from importlib.machinery import PathFinder
@@ -241,8 +242,6 @@ def _check_references(config: Config) -> None:
 
 
 def _script_job(arguments: Namespace) -> Job:
-    import zipfile
-
     if arguments.module:
         name, *argv = arguments.module
         top = name.partition(".")[0]  # looking further would import it

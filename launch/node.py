@@ -54,6 +54,8 @@ def main(control_fd: str, start_method: str, scratch: str) -> NoReturn:
     if start_method == "warm":
         # Nothing looks at the control socket during the import, and there is nothing yet to clean up.
         on_parents_death(signal.SIGKILL)
+        if _is_over(control):  # the launcher was gone before that signal was asked for
+            _leave()
         _import_once("torch._dynamo", "torch.nn.parallel", "torch.optim", "torch.utils.data", "ddpkit.session")
         on_parents_death(0)
     me = os.getpid()
@@ -71,14 +73,19 @@ def _import_once(*names: str) -> None:
     """Import what all ranks need before there are any.
 
     DDP's constructor imports torch._dynamo otherwise, in each rank: 8 ranks would start 3 times as slowly. Without the
-    collector, which goes through what is there again and again as it grows, and finds 9 of 490 thousand objects: a quarter of
-    the time. Nor is it to go through it in the ranks, where it would write to every object's page.
+    collector, which goes through what is there again and again as it grows, and finds 9 of 490 thousand objects: that
+    is a quarter of the time. Nor is it to go through it in the ranks, where it would write to every object's page.
     """
     gc.disable()
     for name in names:
         importlib.import_module(name)
     gc.freeze()
     gc.enable()
+
+
+def _is_over(control: socket.socket) -> bool:
+    ready, _, _ = select.select([control], [], [], 0)
+    return bool(ready) and not control.recv(1, socket.MSG_PEEK)
 
 
 def _leave() -> NoReturn:
