@@ -62,6 +62,12 @@ def pending(directory: Path) -> list[Fault]:
     return [fault for number, fault in enumerate(faults) if not (directory / f"happened-{number}").exists()]
 
 
+class _Thread(threading.local):
+    """Each thread's own: whether it is looking at an event. What it does then makes events itself."""
+
+    is_busy = False
+
+
 class _Watch:
     """Counts the places that this process comes to."""
 
@@ -71,7 +77,7 @@ class _Watch:
         self.faults: list[tuple[int, Fault]] = []
         self.counts: list[int] = []
         self.visits: Counter[str] = Counter()
-        self.busy = False
+        self.thread = _Thread()
         if self.directory is not None:
             listed = [Fault(**tree) for tree in json.loads((self.directory / "faults.json").read_text())]
             self.faults = [(number, fault) for number, fault in enumerate(listed) if fault.rank == self.rank]
@@ -80,12 +86,12 @@ class _Watch:
                 sys.addaudithook(self.on_audit)
 
     def on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.busy and any(fault.at == event for _, fault in self.faults):
-            self.busy = True
+        if not self.thread.is_busy and any(fault.at == event for _, fault in self.faults):
+            self.thread.is_busy = True
             try:
                 self.come_to(event, repr(arguments))
             finally:
-                self.busy = False
+                self.thread.is_busy = False
 
     def come_to(self, place: str, arguments: str = "") -> int:
         """Count a visit, and let happen what is planned for it; the number of the visit."""

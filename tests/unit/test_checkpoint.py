@@ -95,7 +95,9 @@ class Run:
 
     def save(self, step: int, make: Callable[[int, int], Snapshot] | None = None) -> list[Any]:
         make = make or snapshot
-        return self.on_all(lambda rank, store: store.save(step, make(step, rank)))
+        return self.on_all(
+            lambda rank, store: store.save(step, lambda: contents.take(make(step, rank), rank, self.world_size))
+        )
 
     def load(self, step: int | None = None, read_only: bool = False) -> list[Any]:
         return self.on_all(lambda rank, store: store.load_newest(step, read_only=read_only))
@@ -347,7 +349,7 @@ def test_the_parts_of_a_save_need_no_other_rank(tmp_path: Path) -> None:
     proofs = [contents.write(part, temporary) for part in parts]
     whole = Manifest(1, 3, 2, {"step": 3, "samples": 192}, parts[0].shared, (None, None), (*proofs[0], *proofs[1]))
     contents.commit(whole, temporary, tmp_path / "step-00000003", lambda: None)
-    found = contents.read(tmp_path / "step-00000003", manifest.verify(tmp_path / "step-00000003"), 0)
+    found = contents.read(tmp_path / "step-00000003", manifest.verify(tmp_path / "step-00000003"), 0, {})
     assert torch.equal(found.replicated["model"]["layer8.weight"], torch.full((9, 7), 11.0))
 
 
@@ -744,6 +746,7 @@ KILLER = textwrap.dedent(
     import os, random, signal, sys, time
     from pathlib import Path
     import torch
+    from ddpkit.checkpoint import contents
     from ddpkit.checkpoint.store import CheckpointStore, Snapshot
 
     class Alone:
@@ -754,9 +757,9 @@ KILLER = textwrap.dedent(
     def store(directory):
         return CheckpointStore(directory, 2, Alone(), lambda *a, **k: None, bad.append, lambda: None)
 
-    def snapshot(step):
+    def take(step):
         state = {f"w{i}": torch.full((500,), float(step)) for i in range(4)}
-        return Snapshot({"step": step}, state, {"step": step}, {"rng": torch.tensor(step)})
+        return contents.take(Snapshot({"step": step}, state, {"step": step}, {"rng": torch.tensor(step)}), 0, 1)
 
     def check(found):
         assert not bad, bad
@@ -798,7 +801,7 @@ KILLER = textwrap.dedent(
         one = store(directory)
         one.clean()
         step = check(one.load_newest())
-        one.save(step + 1, snapshot(step + 1))
+        one.save(step + 1, lambda: take(step + 1))
 
     def saves_for_ever(directory):
         one = store(directory)
@@ -806,7 +809,7 @@ KILLER = textwrap.dedent(
         step = check(one.load_newest())
         while True:
             step += 1
-            one.save(step, snapshot(step))
+            one.save(step, lambda: take(step))
 
     def newest(directory):
         return check(store(directory).load_newest(read_only=True))
@@ -814,7 +817,7 @@ KILLER = textwrap.dedent(
     bad = []
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    assert ended(forked(lambda: [store(root / "every").save(step, snapshot(step)) for step in (1, 2)])) == 0
+    assert ended(forked(lambda: [store(root / "every").save(step, lambda: take(step)) for step in (1, 2)])) == 0
     event, before = 0, 2
     while True:  # at every file operation of clean, load, save and prune, one after the other
         event += 1
