@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddpkit.checkpoint.contents import Part
+from ddpkit.errors import SaveFailed
 
 _ALIGNMENT = 64  # bytes; more than any dtype needs, and what copies are fastest between
 
@@ -62,11 +62,14 @@ class Staging:
         if size <= self._buffer.nbytes:
             return
         self._buffer = torch.empty(0, dtype=torch.uint8)  # never two of them at once
-        if self._device.type == "cuda":
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        else:
-            # NumPy asks for huge pages, torch does not: the first copy, into pages that are not there, is faster.
-            self._buffer = torch.from_numpy(np.empty(size, np.uint8))
+        try:
+            # Not by NumPy, which asks for huge pages: where memory is in pieces, those take several times as long.
+            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        except (MemoryError, RuntimeError) as error:
+            raise SaveFailed(
+                f"a copy of the state takes {size} bytes of host memory, which cannot be had ({error}); saves that "
+                "training waits for (checkpoint.asynchronous: false) need none"
+            ) from error
 
 
 def _room(tensor: Tensor) -> int:
