@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -45,9 +48,9 @@ class Row:
         return measured >= self.bar if self.at_least else measured <= self.bar
 
 
-def in_turn(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def in_turn(actions: dict[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
     """Each action's results, taken A B A B ..., so that a machine that changes speed changes it for all."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
+    found: dict[str, list[T]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
             found[name].append(action())
