@@ -319,6 +319,8 @@ class Checkpoint(Section):
     """The best one, by a metric, is kept as well; null: none is."""
     max_failures: Count = 3
     """Saves in a row that may fail before the run fails."""
+    asynchronous: bool = True
+    """Whether training goes on while a save is written, from a copy in host memory; false: it waits, without a copy."""
 
 
 class Config(Section):
