@@ -186,7 +186,7 @@ class InitFrom(Section):
 
 
 class Ddp(Section):
-    """Options of `DistributedDataParallel`, by torch's names; null: torch's default."""
+    """Options of `DistributedDataParallel`, by torch's names."""
 
     find_unused_parameters: bool = False
     """Whether parameters may be without gradient in a step, at the price of a walk over the graph in each."""
@@ -195,9 +195,7 @@ class Ddp(Section):
     gradient_as_bucket_view: bool = False
     """Whether gradients live in the buffers that are sent, which saves the memory of one set of gradients."""
     bucket_cap_mb: Positive | None = None
-    """Size of those buffers in MB."""
-    broadcast_buffers: bool = True
-    """Whether rank zero's buffers are sent to all before each forward pass."""
+    """Size of those buffers in MB; null: torch's default."""
 
 
 class Model(Factory):

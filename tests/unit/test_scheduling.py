@@ -138,8 +138,8 @@ def test_a_plateau_goes_by_the_evaluation() -> None:
 
 def test_by_epochs_it_moves_after_epochs_only() -> None:
     one = optimizer()
-    one.step()  # or torch warns
     schedule = Schedule(torchs.ExponentialLR(one, 0.1), "epoch")
+    one.step()  # or torch warns
     schedule.after_step()
     schedule.after_evaluation({})
     assert rates(one) == [0.5, 0.01]
