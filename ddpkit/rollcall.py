@@ -245,18 +245,20 @@ def judge(answers: Mapping[int, Answer | None], silence: Callable[[int], str], t
     lines = [f"rank {rank} {silence(rank)}" for rank in silent]
     lines += [f"rank {rank} {_where(answer)}" for rank, answer in late.items()]
     if not waiting:
-        return Verdict(False, "\n".join(["no rank waits for another:", *lines]))
+        return Verdict(False, "\n".join(["no rank waits for another:", *lines, *_stacks(late)]))
     waits = [f"rank {rank} waits for {_for(answer)}" for rank, answer in waiting.items()]
     if not late and not silent:
         head = "all ranks wait, for different things or in collectives that do not match: they have parted ways"
         return Verdict(True, "\n".join([f"{head}:", *waits]))
     is_stalled = bool(stuck or silent)
-    stacks = [
-        "\n".join([f"rank {rank}, Python stack:", *late[rank].stack])
-        for rank in stuck
-        if is_stalled and late[rank].stack
-    ]
+    stacks = _stacks({rank: late[rank] for rank in stuck}) if is_stalled else []
     return Verdict(is_stalled, "\n".join([*lines, *waits, *stacks]))
+
+
+def _stacks(answers: Mapping[int, Answer]) -> list[str]:
+    return [
+        "\n".join([f"rank {rank}, Python stack:", *answer.stack]) for rank, answer in answers.items() if answer.stack
+    ]
 
 
 def _waits(answer: Answer, there: Mapping[int, Answer], timeout_s: float) -> bool:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ddpkit import requeue
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
+from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
 from ddpkit.loader import Loader
@@ -68,7 +69,8 @@ class Progress:
 class Attempt:
     """Which start of the run this is, who started it, and the config it goes by."""
 
-    number: int = 0
+    number: int | None = None
+    """None where no launcher of ours counts: one more than the run's events know of."""
     launcher_pid: int | None = None
     config: str | None = None
     """Kept as config.yaml once the run stands: an attempt that never got so far must not change what the run is."""
@@ -308,10 +310,10 @@ class Run:
             SaveFailed: it could not be.
         """
         self._save(must=True)
-        self._depart(reason)
+        self._depart(reason, self.progress.step)
 
-    def _depart(self, reason: str) -> NoReturn:
-        step, latency_s = self.progress.step, self._rt.stop.latency_s
+    def _depart(self, reason: str, step: int) -> NoReturn:
+        latency_s = self._rt.stop.latency_s
         self._recorder.event("stopped", step=step, reason=reason, time={"latency_s": round(latency_s, 4)})
         if self._rt.is_main:
             log.info("stopped at step %d (%s), saved %.1f s after the request", step, reason, latency_s)
@@ -322,7 +324,8 @@ class Run:
 
     def _stop_before_the_first_step(self) -> None:
         if (reason := self._rt.stop.poll()) is not None:
-            self._depart(reason)  # all that there is to save is there already
+            saved = complete(self._run_dir / "checkpoints")  # it may not have been restored yet
+            self._depart(reason, step=saved[0][0] if saved else 0)  # all that there is to save is there already
 
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""

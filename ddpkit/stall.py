@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +19,8 @@ from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distrib
 
 from ddpkit import rollcall
 from ddpkit.agree import AGREEMENTS, tell_failure
-from ddpkit.errors import EXIT_FAILED, Stalled
+from ddpkit.errors import Stalled
+from ddpkit.gathering import end_process
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.rollcall import Verdict
 from ddpkit.world import World
@@ -124,25 +123,17 @@ class StallWatch:
             return  # it goes on, after all
         text = f"no progress for {still_s:.0f} s (launch.stall_timeout_s)"
         if not verdict.is_stalled:
-            log.warning("%s, but no rank is stuck:\n%s", text, verdict.text)
+            log.warning("%s; as long as nobody waits, this may be a step that takes long:\n%s", text, verdict.text)
             return
         error = Stalled(f"{text}:\n{verdict.text}")
         tell_failure(PrefixStore(AGREEMENTS, store), self._world.rank, f"{type(error).__name__}: {error}")
         store.set(_STALLED, str(self._world.rank))
         if not self._world.agent_store and self._world.is_main:
             time.sleep(2 * _LOOK_S)  # for the others to see it: the store ends with this process
-        self._end(error)
+        end_process(error)
 
     def _follow(self, store: Store) -> None:
         """End this rank too, where nobody else does, and give its main thread the time to do so by itself."""
         by = store.get(_STALLED).decode()
         if not self._leaving.wait(_FOLLOW_S):
-            self._end(Stalled(f"rank {by} has found that the run is stalled, and this rank with it"))
-
-    def _end(self, error: Stalled) -> None:
-        # By this hook launchers hear of it; by itself it prints the error.
-        threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread)))
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(EXIT_FAILED)  # no other way out past a main thread that nothing wakes
+            end_process(Stalled(f"rank {by} has found that the run is stalled, and this rank with it"))

@@ -82,7 +82,9 @@ class Requests:
         self._stop_listening()
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, handler)
+                # A cluster's warning may come when the work is done, and by default it would end what is left of it.
+                is_warning = number not in (signal.SIGTERM, signal.SIGINT) and handler == signal.SIG_DFL
+                signal.signal(number, signal.SIG_IGN if is_warning else handler)
         self._before = {}
         read, write = self._read, self._write
         self._read = self._write = -1

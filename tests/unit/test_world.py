@@ -9,7 +9,7 @@ import pytest
 
 from ddpkit import slurm
 from ddpkit.errors import UserError
-from ddpkit.world import World, cpus_per_task, tasks_per_node, thread_and_network_defaults
+from ddpkit.world import World, cpus_per_task, survey, tasks_per_node, thread_and_network_defaults
 
 RANK_3 = {
     "RANK": "3",
@@ -56,8 +56,22 @@ def scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_launcher_is_a_world_of_one() -> None:
-    for env in ({}, {"LOCAL_RANK": "5", "MASTER_PORT": "x"}):
+    for env in ({}, {"LOCAL_RANK": "0", "MASTER_PORT": "x"}):
         assert World.from_env(env) == World(0, 1, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"])
+def test_a_single_process_is_the_first_of_all(name: str) -> None:
+    with pytest.raises(UserError, match=rf"the environment sets {name}=1 but not .*Unset {name}"):
+        World.from_env({name: "1"})
+    assert name in survey({name: "1"})[-1][1]
+    assert World.from_env(RANK_3 | {name: "1"}).rank == 3  # who decides is somebody else
+
+
+def test_two_kinds_of_mpi_that_contradict_each_other() -> None:
+    assert World.from_env(OPEN_MPI | HYDRA | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}).rank == 1
+    with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_RANK=0 \(Open MPI\) and PMI_RANK=1 \(MPICH\) contradict"):
+        World.from_env(OPEN_MPI | HYDRA | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"})
 
 
 def test_the_standard_variables() -> None:
