@@ -208,7 +208,8 @@ class Ranks:
                 pause *= 2
                 continue
             now = time.monotonic()
-            if self._store.check([_FAILED]):
+            # Not if it has come meanwhile: then all are to fail together of what they have agreed on.
+            if self._store.check([_FAILED]) and not self._store.check([key]):
                 rank, cause = json.loads(self._store.get(_FAILED))
                 raise RankFailed(f"rank {rank} failed: {cause}")
             if left_s is not None and now - started > left_s:

@@ -64,7 +64,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], list[Fault]]] = {
                 "scale_lr": {"rule": "sqrt", "batch_size": 32},
             },
         },
-        [MID_STEP, Fault("eval", 2, rank=1, whom="group")],
+        [MID_STEP],
     ),
     "fp16, clipped, three ranks": (
         3,
