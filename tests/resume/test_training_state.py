@@ -95,7 +95,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], list[Fault]]] = {
             "data__eval": {"factory": f"{HERE}:images"},
             "data__micro_batch_size": 2,
         },
-        [MID_STEP, Fault("eval", 2, whom="group")],
+        [MID_STEP],
     ),
 }
 FAST = "a warm-up, an average, recomputed activations"
@@ -132,6 +132,7 @@ def export_and_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert refused.code == 2
 
 
+@pytest.mark.slow
 def test_an_average_is_evaluated_when_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = {"factory": "tests.resume.faults:model", "args": {}, "ema_decay": 0.9}
     config = tree(tmp_path / "run", model=model, train__eval_ema=True, train__epochs=1)
