@@ -22,8 +22,8 @@ from ddpkit.agree import Ranks
 from ddpkit.checkpoint import listing, manifest
 from ddpkit.errors import BrokenCheckpoint, UserError
 from ddpkit.fetching import LoaderOptions, collate_of
+from ddpkit.generators import HostGenerators
 from ddpkit.sampler import Pass
-from ddpkit.seeding import host_generators_kept
 from ddpkit.state import rng_state, set_rng_state
 from ddpkit.step import StepFunction, TrainStep
 from ddpkit.world import World
@@ -112,7 +112,7 @@ class Trial:
         del held
 
     def _batch(self, size: int) -> Any:
-        with host_generators_kept():
+        with HostGenerators().kept():
             if len(self._samples) < size:
                 self._samples = _first(self.dataset, size)
             samples = [self._samples[index % len(self._samples)] for index in range(size)]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from ddpkit.agree import Ranks
+from ddpkit.generators import HostGenerators
 from ddpkit.model import unsynced, unwrap
 from ddpkit.optimizing import are_finite
 from ddpkit.sampler import Pass
@@ -74,15 +75,15 @@ class Watch:
         self._ranks = ranks
         self._model = model
         self._module = unwrap(model)
-        self._device = device
         self._buffers = _Buffers(self._module)
+        self._generators = _Generators(device)
         self._passes: list[_Seen] = []
 
     def begin(self, part: Pass, batch: Any) -> None:
         """A forward pass over ``batch`` comes next."""
         if not self._passes:
             self._buffers.keep()
-        self._passes.append(_Seen(part, batch, _generators(self._device)))
+        self._passes.append(_Seen(part, batch, self._generators.state()))
 
     def start_of_backward(self, loss: Tensor, weight: Any) -> Tensor | None:
         """The gradient that the backward pass of the last one starts with: one, or NaN if the loss is not finite.
@@ -107,32 +108,35 @@ class Watch:
     def explain(
         self, function: Callable[[nn.Module, Any], Any], gradients: Sequence[str], loss_scale: float | None
     ) -> Fault:
-        """The step cannot be taken: put the buffers back, and find out why. Collective.
+        """The step cannot be taken: have buffers and generators as before it, and find out why. Collective.
 
         Args:
             function: ``(model, batch) -> loss``, with everything that belongs to a forward pass.
             gradients: the parameters whose averaged gradients are not finite.
             loss_scale: fp16's; None for other formats.
         """
-        self._buffers.restore()
         passes, self._passes = self._passes, []
+        self._back_to(passes[0])
         if loss_scale is not None and loss_scale > 1:  # below that, it is no matter of the scale
             are_bad = [each.loss is not None and not bool(torch.isfinite(each.loss)) for each in passes]
             if not any(self._ranks.exchange("losses that are not finite", any(are_bad))):
                 return overflow(loss_scale)
-        before = _generators(self._device)
         finding = self._look(function, passes)
-        _set_generators(before, self._device)
-        self._buffers.restore()
+        self._back_to(passes[0])
         told = self._ranks.exchange("what is not finite", None if finding is None else asdict(finding))
         findings = {rank: Finding(**tree) for rank, tree in enumerate(told) if tree is not None}
         return Fault(describe(findings, gradients))
+
+    def _back_to(self, first: _Seen) -> None:
+        """As it all was before the step, whose first pass this was."""
+        self._buffers.restore()
+        self._generators.restore(first.generators)
 
     def _look(self, function: Callable[[nn.Module, Any], Any], passes: Sequence[_Seen]) -> Finding | None:
         """Run the passes again as they were. All of them, on every rank: a layer may exchange its statistics."""
         found = None
         for number, seen in enumerate(passes, 1):
-            _set_generators(seen.generators, self._device)
+            self._generators.restore(seen.generators)
             each = self._run_again(function, seen, f"pass {number} of {len(passes)}")
             found = found or (each if seen.part.size else None)
         return found
@@ -177,7 +181,7 @@ def describe(findings: Mapping[int, Finding], gradients: Sequence[str]) -> str:
     if not findings:
         return (
             f"the averaged gradients of {_some(gradients)} are not finite, but every rank's passes, run again, are: it "
-            "comes of their sum, or of randomness that is not torch's"
+            "comes of their sum, or of something that is not the same twice"
         )
     rank = min(findings, key=lambda rank: (not findings[rank].batch, findings[rank].order, rank))
     found = findings[rank]
@@ -251,7 +255,7 @@ class _Seen:
 
     part: Pass
     batch: Any
-    generators: list[Tensor]
+    generators: tuple[Any, Tensor | None]
     loss: Tensor | None = None
 
 
@@ -285,16 +289,23 @@ class _Buffers:
             self._has_all = False
 
 
-def _generators(device: torch.device) -> list[Tensor]:
-    """torch's generators: what layers draw from. A microsecond; Python's and NumPy's would take thirty."""
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+class _Generators:
+    """What a pass draws from: Python's, NumPy's and torch's generators, the device's too."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._host = HostGenerators()
+        self._device = device
 
-def _set_generators(states: Sequence[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+    def state(self) -> tuple[Any, Tensor | None]:
+        """Where they stand; it takes a microsecond or two."""
+        return self._host.state(), torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
+
+    def restore(self, state: tuple[Any, Tensor | None]) -> None:
+        """Put them back there."""
+        host, device = state
+        self._host.restore(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device, self._device)
 
 
 def _is_bad(leaf: Any) -> bool:

@@ -122,7 +122,7 @@ def test_the_report_says_where_it_came_from(case: str) -> None:
 
 
 def test_a_skipped_step_leaves_no_trace() -> None:
-    """Running statistics, momentum and the random stream are as if it had not been, but for what the step drew."""
+    """Running statistics, momentum and the random streams are as if it had not been."""
 
     def run(batches: list[Tensor]) -> list[Tensor]:
         with ddpkit.runtime() as rt:
@@ -131,12 +131,9 @@ def test_a_skipped_step_leaves_no_trace() -> None:
             module.register_buffer("constant", torch.ones(2))
             step = make(rt, module, mean_step)
             for batch in batches:
-                before = torch.get_rng_state()
                 step.accumulate(batch, whole(4))
                 step.update()
                 assert (step.fault is None) is bool(batch.isfinite().all())
-                if step.fault is not None:
-                    torch.set_rng_state(before)
             return state(module)
 
     good = list(torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1)))
