@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
+from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
 
 from ddpkit import errors
 from ddpkit.errors import DdpkitError
@@ -58,15 +58,27 @@ class Ranks:
         world: who this rank is.
         store: shared by all ranks; within the process if there is only one.
         heartbeat: told when this rank waits for others.
+        thread: whose agreements these are, of a thread beside the main one (with a connection of its own): they are
+            counted apart from the main thread's, whatever their names.
+        leaving: once it is set, waits are given up.
     """
 
-    def __init__(self, world: World, store: Store, heartbeat: Heartbeat | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        store: Store,
+        heartbeat: Heartbeat | None = None,
+        thread: str | None = None,
+        leaving: threading.Event | None = None,
+    ) -> None:
         self.rank = world.rank
         self.world_size = world.world_size
         self._local_world_size = world.local_world_size
         self._local_leader = world.rank - world.local_rank
-        self._store = store
+        self._store = store if thread is None else PrefixStore(thread, store)
+        self._failures = store  # of all threads: whoever waits hears of them
         self._heartbeat = heartbeat or Heartbeat()
+        self._leaving = leaving or threading.Event()
         self._uses: dict[str, int] = defaultdict(int)
 
     def exchange(self, name: str, value: Any, timeout_s: float | None = None) -> list[Any]:
@@ -78,7 +90,7 @@ class Ranks:
             timeout_s: seconds to wait for the others; None waits as long as nobody fails.
 
         Raises:
-            RankFailed: another rank has said that it failed.
+            RankFailed: another rank has said that it failed, or this one is leaving.
             RanksMissing: ranks did not come within ``timeout_s``.
         """
         if self.world_size == 1:
@@ -186,7 +198,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return self.rank, cause
-        return tell_failure(self._store, self.rank, cause)
+        return tell_failure(self._failures, self.rank, cause)
 
     def _await(self, keys: list[str], name: str, place: str, timeout_s: float | None = None) -> None:
         with self._heartbeat.waiting(name):
@@ -202,9 +214,12 @@ class Ranks:
                 pause *= 2
                 continue
             now = time.monotonic()
-            if self._store.check([_FAILED]):
-                rank, cause = json.loads(self._store.get(_FAILED))
+            # Not if it has come meanwhile: then all are to fail together of what they have agreed on.
+            if self._failures.check([_FAILED]) and not self._store.check(keys):
+                rank, cause = json.loads(self._failures.get(_FAILED))
                 raise RankFailed(f"rank {rank} failed: {cause}")
+            if self._leaving.is_set():
+                raise RankFailed(f"rank {self.rank} is leaving, and does not wait for {name}")
             if timeout_s is not None and now - started > timeout_s:
                 missing = self._missing(place)
                 raise RanksMissing(
