@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpkit.checkpoint.foreign import Weights, load_weights
     from ddpkit.errors import DdpkitError, StopRequested, UserError
     from ddpkit.loop import Evaluation, Saving, fit
     from ddpkit.session import Runtime, runtime
@@ -21,8 +22,10 @@ __all__ = [
     "Saving",
     "StopRequested",
     "UserError",
+    "Weights",
     "World",
     "fit",
+    "load_weights",
     "runtime",
 ]
 
@@ -32,7 +35,9 @@ _HOMES = {
     "UserError": "errors",
     "Evaluation": "loop",
     "Saving": "loop",
+    "Weights": "checkpoint.foreign",
     "fit": "loop",
+    "load_weights": "checkpoint.foreign",
     "Runtime": "session",
     "runtime": "session",
     "World": "world",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from itertools import chain
 from typing import Any
 
@@ -128,6 +128,23 @@ def share_buffers(module: nn.Module, world: World, *, with_parameters: bool = Fa
         torch.distributed.broadcast(packed, 0)
         if packed.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(packed)
+
+
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def retie(module: nn.Module, ties: list[list[str]], preferred: Container[str] = ()) -> None:
+    """Make each group of names one parameter again: the one that has a ``preferred`` name now, or the first name."""
+    for names in ties:
+        kept = module.get_parameter(next((name for name in names if name in preferred), names[0]))
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(attribute, kept)
 
 
 def _distinct(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:

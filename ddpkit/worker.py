@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
 from ddpkit import factories
-from ddpkit.checkpoint.listing import checkpoints_directory
+from ddpkit.checkpoint.foreign import load_weights
+from ddpkit.checkpoint.listing import checkpoints_directory, has_any
 from ddpkit.checkpoint.store import CheckpointStore
 from ddpkit.config import Config, Steps, dump, from_tree
 from ddpkit.config import Loader as LoaderConfig
@@ -80,6 +81,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
     _set_determinism(config)
     rt.stop_before_the_run()
     module = _module(config)
+    _load_first_weights(rt, config, module)
     rt.stop_before_the_run()
     train_set = _dataset(config, "data.train")
     rt.stop_before_the_run()
@@ -161,6 +163,27 @@ def _module(config: Config) -> nn.Module:
     built = factories.build(config.model, key="model")
     module: nn.Module = factories.expect(built, nn.Module, "model.factory", "an nn.Module", ref=config.model.factory)
     return module
+
+
+def _load_first_weights(rt: Runtime, config: Config, module: nn.Module) -> None:
+    """What `model.init_from` asks for, in a run that begins: on rank zero, whose weights all get. Collective."""
+    init_from = config.model.init_from
+    if init_from is None:
+        return
+
+    def load() -> None:
+        if has_any(Path(config.run_dir)):
+            return
+        try:
+            found = load_weights(module, **dict(init_from))
+        except UserError as error:
+            raise UserError(f"model.init_from: {error}") from error
+        extra = [name for name in found.taken if name.endswith("_extra_state")]
+        if extra and rt.world_size > 1:
+            raise UserError(f"model.init_from: {extra[0]} is no tensor, and cannot be given to the other ranks")
+        log.info("model.init_from: %s", found)
+
+    rt.ranks.on_main("init_from", load)
 
 
 def _dataset(config: Config, key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import zipfile
@@ -12,10 +13,11 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ddpkit import config as configs
-from ddpkit import factories, world
+from ddpkit import config_schema, factories, world
 from ddpkit.checkpoint import claim, listing
 from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
+from ddpkit.yaml_files import nearest
 
 from . import plan as plans
 from . import sweep
@@ -151,6 +153,12 @@ def doctor(arguments: Namespace) -> int:
     return examination.examine(settings, arguments.launcher)
 
 
+def schema(arguments: Namespace) -> int:
+    """`ddpkit schema`: what a config may say, for editors or for people."""
+    print(config_schema.reference() if arguments.markdown else json.dumps(config_schema.editor_schema(), indent=2))
+    return EXIT_DONE
+
+
 def verify(arguments: Namespace) -> int:
     """`ddpkit verify`: a line for each checkpoint; 1 if one is not intact."""
     if not arguments.run_dir.is_dir():
@@ -176,6 +184,7 @@ def _overrides(arguments: Namespace) -> list[str]:
 
 def _run_plan(config: Config, arguments: Namespace) -> Plan:
     _check_references(config)
+    _check_first_weights(config)
     # Of a job on other machines, the launcher is there too.
     options = {} if config.launch.launcher == "slurm" else {"launcher_pid": os.getpid()}
     job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
@@ -227,6 +236,16 @@ def _check_references(config: Config) -> None:
     problems = factories.check(config, [str(Path.cwd()), *sys.path[1:]])
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_first_weights(config: Config) -> None:
+    """A run that goes on does not need them any more."""
+    init_from = config.model.init_from
+    if init_from is None or Path(init_from.path).exists() or listing.has_any(Path(config.run_dir)):
+        return
+    path = Path(init_from.path)
+    beside = [entry.name for entry in path.parent.glob("*")]
+    raise ConfigError(f"model.init_from.path: {path}: there is no such file{nearest(path.name, beside)}")
 
 
 def _script_job(arguments: Namespace) -> Job:
