@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable
 from itertools import chain
 from typing import Any
 
@@ -34,7 +34,7 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
     module = module.to(device)
     if world.world_size == 1:
         return module
-    _check_has_shapes(module)
+    check_has_shapes(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         share_buffers(module, world, with_parameters=True)  # DDP takes no such module; this is what it would do
         return module
@@ -105,12 +105,13 @@ class _Stub(nn.Module):
         return (parameter.sum() * 0).double()
 
 
-def _check_has_shapes(module: nn.Module) -> None:
+def check_has_shapes(module: nn.Module) -> None:
+    """Raise UserError for a model whose parameters have to see a batch first."""
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise UserError(
-            f"the model's parameters {', '.join(lazy[:5])} have no shapes yet (Lazy modules), which DDP needs: run one "
-            "batch through the model before it is wrapped, in model.factory, say"
+            f"the model's parameters {', '.join(lazy[:5])} have no shapes yet (Lazy modules), which they need to be "
+            "wrapped: run one batch through the model before, in model.factory, say"
         )
 
 
@@ -122,9 +123,13 @@ def share_buffers(module: nn.Module, world: World, *, with_parameters: bool = Fa
     """
     if world.world_size == 1:
         return
-    tensors = chain(module.parameters(), module.buffers()) if with_parameters else module.buffers()
-    for tensor in _distinct(tensors):
-        packed = tensor.detach().contiguous()  # what a broadcast needs
+    share(chain(module.parameters(), module.buffers()) if with_parameters else module.buffers())
+
+
+def share(tensors: Iterable[torch.Tensor], device: torch.device | None = None) -> None:
+    """Give every rank rank zero's values of these tensors, by way of ``device`` if they are elsewhere. Collective."""
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        packed = tensor.detach().to(device or tensor.device).contiguous()  # what a broadcast needs
         torch.distributed.broadcast(packed, 0)
         if packed.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(packed)
@@ -145,7 +150,3 @@ def retie(module: nn.Module, ties: list[list[str]], preferred: Container[str] = 
         for name in names:
             owner, _, attribute = name.rpartition(".")
             module.get_submodule(owner).register_parameter(attribute, kept)
-
-
-def _distinct(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())

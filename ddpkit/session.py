@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from ddpkit import model as models
 from ddpkit import rendezvous, requeue, rollcall
 from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
+from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.checkpoint import listing as checkpoints
 from ddpkit.errors import NoProgress, StopRequested, UserError
 from ddpkit.fetching import LoaderOptions
@@ -31,11 +32,14 @@ from ddpkit.permutation import derive
 from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
+from ddpkit.sharding import Sharding, shard
 from ddpkit.stall import StallWatch
 from ddpkit.stop import Requests, StopVote
 from ddpkit.world import Allocation, World
 
 log = logging.getLogger("ddpkit")
+
+T = TypeVar("T")
 
 _CLOSING_S = 60.0  # ranks leave together, but one that does not come must not hold the others for long
 
@@ -135,21 +139,38 @@ class Runtime:
         """Whether this is rank zero."""
         return self.world.is_main
 
-    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = True, **ddp: Any) -> nn.Module:
+    def wrap(
+        self, module: nn.Module, *, parallel: str = "ddp", sync_batchnorm: bool = True, **options: Any
+    ) -> nn.Module:
         """Move to the device, synchronise BatchNorm, wrap in DDP; from here the ranks' generators differ. Collective.
 
         Args:
             module: with the same parameters on all ranks; a model built after `runtime` began has them.
+            parallel: "ddp", or "fsdp2" for models that are too large for one rank: it spreads the module in place, so
+                make the optimizer afterwards.
             sync_batchnorm: have BatchNorm layers see the batch of all ranks.
-            ddp: passed on to `torch.nn.parallel.DistributedDataParallel`.
+            options: for "ddp" what `torch.nn.parallel.DistributedDataParallel` takes, for "fsdp2" what
+                `ddpkit.sharding.Sharding` has (``layers=["Block"], param_dtype="bf16", ...``).
         """
         self.stop_before_the_run()
-        wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **ddp)
+        if parallel == "fsdp2":
+            wrapped = self._shard(module, sync_batchnorm, _options(Sharding, options, parallel))
+        elif parallel == "ddp":
+            wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **options)
+        else:
+            raise UserError(f"wrap: parallel={parallel!r}; choose ddp or fsdp2")
         self._stack.callback(models.release, wrapped)
         if not self._has_own_stream:  # once: a second model must not have the same numbers drawn again
             seed_generators(derive(self.seed, "rank", self.rank))
             self._has_own_stream = True
         return wrapped
+
+    def _shard(self, module: nn.Module, sync_batchnorm: bool, sharding: Sharding) -> nn.Module:
+        if not dist.is_initialized():
+            self._start_group()  # one process alone is spread over itself: it computes, offloads, ... as several would
+        if sync_batchnorm and self.world_size > 1:
+            module = convert_sync_batchnorm(module)
+        return shard(module, self.device, sharding)
 
     def loader(
         self,
@@ -396,6 +417,9 @@ class Runtime:
             raise UserError(
                 "a process group exists already: enter ddpkit.runtime() instead of calling init_process_group"
             )
+        self._start_group()
+
+    def _start_group(self) -> None:
         dist.init_process_group(
             self._backend,
             store=PrefixStore("group", self.store),
@@ -472,6 +496,13 @@ def runtime(
         warning_signal=warning_signal,
         max_idle_requeues=max_idle_requeues,
     )
+
+
+def _options(kind: Callable[..., T], options: Mapping[str, Any], parallel: str) -> T:
+    try:
+        return kind(**options)
+    except TypeError as error:  # an option that there is not
+        raise UserError(f"wrap: parallel={parallel!r}: {str(error).rpartition('() ')[2]}") from None
 
 
 def _is_orderly(error: BaseException) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ddpkit.errors import UserError
 from ddpkit.sampler import Pass
+from ddpkit.sharding import clip_grad_norm_, without_sync
 from ddpkit.world import World
 
 StepFunction = Callable[[nn.Module, Any], Any]
@@ -68,7 +68,7 @@ class TrainStep:
 
     def accumulate(self, batch: Any, part: Pass, keep_values: bool) -> None:
         """Forward and backward over one pass; gradients are reduced over the ranks in the last one. Collective."""
-        with self._unsynced() if not part.is_last else nullcontext():
+        with without_sync(self._model) if not part.is_last else nullcontext():
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
                 loss, weight, values = self._outcome(batch, part)
             factor = part.weight(self._world.world_size) if weight is None else weight
@@ -96,7 +96,7 @@ class TrainStep:
         values: dict[str, float] = {}
         if self._clip_grad_norm is not None:
             self.scaler.unscale_(self._optimizer)
-            norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_grad_norm)
+            norm = clip_grad_norm_(self._model.parameters(), self._clip_grad_norm)
             if self._kept:
                 values["grad_norm"] = float(norm)
         self.scaler.step(self._optimizer)
@@ -123,10 +123,6 @@ class TrainStep:
                 f"({' or '.join(map(str, fits))}, say) and drop_last: true."
             ) from error
         return loss, None if weight is None else 0.0, values  # whatever the step makes of nothing, it counts nothing
-
-    def _unsynced(self) -> AbstractContextManager[None]:
-        model = self._model
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _divide_by_weight(self, total: torch.Tensor) -> None:
         if self._world.world_size > 1:

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sized
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from ddpkit.errors import ConfigError, UserError
 from ddpkit.evaluate import evaluate
 from ddpkit.fetching import LoaderOptions
 from ddpkit.loop import Evaluation, Saving, fit
-from ddpkit.run import Attempt, check_same_tensors
+from ddpkit.model import unwrap
+from ddpkit.run import Attempt, load_model
 from ddpkit.session import Runtime, choose_device
 from ddpkit.world import World
 
@@ -88,7 +90,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
     evaluation = _evaluation(rt, config)
     if config.model.compile:
         module.compile()
-    model = rt.wrap(module, sync_batchnorm=config.model.sync_batchnorm)
+    model = rt.wrap(module, sync_batchnorm=config.model.sync_batchnorm, **_spreading(config))
     optimizer = _optimizer(config, module)
     data, options = config.data, _loader_options(rt, config.data.loader)
     loader = rt.loader(
@@ -131,15 +133,15 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
     evaluation = _evaluation(rt, config)
     if evaluation is None:
         raise UserError("data.eval: the config has no data.eval and train.eval_step, so there is nothing to evaluate")
-    model = _module(config).to(rt.device)
+    module = _module(config)
+    # Whole where it fits, so that a rank without a sample in the last pass has nothing to do.
+    model = rt.wrap(module, **_spreading(config)) if config.model.parallel == "fsdp2" else module.to(rt.device)
     directory = checkpoints_directory(Path(config.run_dir))
     store = CheckpointStore(directory, 1, rt.ranks, event=_ignore, warn=log.warning, fence=_ignore)
     loaded = store.load_newest(step, read_only=True)
     if loaded is None:
         raise UserError(f"{directory}: there is no checkpoint to evaluate yet")
-    state = {**loaded.replicated["model"], **loaded.main["model"]}
-    check_same_tensors("model", model.state_dict(), state)
-    model.load_state_dict(state)
+    load_model("model", unwrap(model), loaded)
     values = evaluate(
         rt,
         model,
@@ -160,9 +162,18 @@ def _set_determinism(config: Config) -> None:
 
 
 def _module(config: Config) -> nn.Module:
-    built = factories.build(config.model, key="model")
+    with torch.device("meta") if config.model.fsdp2.meta_init else nullcontext():
+        built = factories.build(config.model, key="model")
     module: nn.Module = factories.expect(built, nn.Module, "model.factory", "an nn.Module", ref=config.model.factory)
     return module
+
+
+def _spreading(config: Config) -> dict[str, Any]:
+    """How `Runtime.wrap` is to spread the model."""
+    model = config.model
+    if model.parallel != "fsdp2":
+        return {}
+    return {"parallel": "fsdp2", **model.fsdp2.model_dump(exclude={"meta_init"})}
 
 
 def _load_first_weights(rt: Runtime, config: Config, module: nn.Module) -> None:

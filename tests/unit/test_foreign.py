@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -245,19 +246,22 @@ def test_nothing_in_a_file_is_run(write: Callable[..., Path], tmp_path: Path, mo
     assert not Path("it-ran").exists()
 
 
-def test_a_whole_pickled_model_is_refused_with_a_way_that_works(tmp_path: Path) -> None:
+def test_a_whole_pickled_model_is_refused_with_a_way_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
-    make = (
-        "import torch, mine; m = mine.Net(3, 2); torch.save({!r} and m or {{'args': m, 'sd': m.state_dict()}}, 'x.pt')"
-    )
-    for whole, key in ((True, None), (False, "sd")):
-        subprocess.run([sys.executable, "-c", make.format(whole)], cwd=tmp_path, check=True, timeout=60)
-        told = refusal(nn.Linear(3, 2), tmp_path / "x.pt", key=key)
-        assert "x.pt holds objects (mine.Net) beside tensors and plain values" in told
-        command = told.splitlines()[1].strip()
-        assert command.startswith("python -c ")
-        subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True, timeout=60)
-        ddpkit.load_weights(nn.Linear(3, 2), tmp_path / "x-weights.pt")
+    monkeypatch.syspath_prepend(tmp_path)
+    theirs = importlib.import_module("mine").Net(3, 2)
+    path = as_pt({"args": theirs, "sd": theirs.state_dict()}, tmp_path / "x")
+    assert "isinstance(m, torch.nn.Module) else m['sd'], " in refusal(nn.Linear(3, 2), path, key="sd")
+    told = refusal(nn.Linear(3, 2), as_pt(theirs, tmp_path / "x"))
+    assert "x.pt holds objects (mine.Net) beside tensors and plain values" in told
+    command = told.splitlines()[1].strip()
+    assert command.startswith("python -c ")
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True, timeout=60)
+    model = nn.Linear(3, 2)
+    ddpkit.load_weights(model, tmp_path / "x-weights.pt")
+    assert_same(model, theirs.state_dict())
 
 
 def test_files_that_are_something_else(tmp_path: Path) -> None:
