@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+import sys
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -46,6 +48,28 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside; a module that was not wrapped is returned as it is."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model, or a part of it; see `ddpkit.sharding`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and where it was not, nothing is spread
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in model.modules())
+
+
+@contextmanager
+def unsynced(model: nn.Module) -> Iterator[None]:
+    """The context for passes after which gradients stay on their rank, to be summed up to those of the last one."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]  # FSDPModule's
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    else:
+        yield
 
 
 def release(wrapped: nn.Module) -> None:

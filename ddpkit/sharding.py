@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,12 +15,11 @@ from fnmatch import fnmatchcase
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from ddpkit.checkpoint.shards import is_spread
 from ddpkit.errors import UserError
-from ddpkit.model import check_has_shapes, retie, share, tied_names
+from ddpkit.model import check_has_shapes, is_sharded, retie, share, tied_names
 from ddpkit.yaml_files import nearest
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -97,34 +95,12 @@ def shard(module: nn.Module, device: torch.device, sharding: Sharding) -> nn.Mod
     return module
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 has spread the model, or a part of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and where it was not, nothing is spread
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in model.modules())
-
-
 def reshard(model: nn.Module) -> None:
     """Forget whatever is still gathered from a forward pass that had no backward pass."""
     if is_sharded(model):
         for part in model.modules():
             if callable(forget := getattr(part, "reshard", None)):
                 forget()
-
-
-@contextlib.contextmanager
-def without_sync(model: nn.Module) -> Iterator[None]:
-    """Passes inside leave each rank its own gradients; the first backward pass outside reduces the sum of them."""
-    if isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    elif is_sharded(model):
-        model.set_requires_gradient_sync(False)  # type: ignore[operator]  # FSDPModule's
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)  # type: ignore[operator]
-    else:
-        yield
 
 
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -12,8 +12,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from ddpkit.errors import UserError
+from ddpkit.model import unsynced
 from ddpkit.sampler import Pass
-from ddpkit.sharding import clip_grad_norm_, without_sync
+from ddpkit.sharding import clip_grad_norm_
 from ddpkit.world import World
 
 StepFunction = Callable[[nn.Module, Any], Any]
@@ -68,7 +69,7 @@ class TrainStep:
 
     def accumulate(self, batch: Any, part: Pass, keep_values: bool) -> None:
         """Forward and backward over one pass; gradients are reduced over the ranks in the last one. Collective."""
-        with without_sync(self._model) if not part.is_last else nullcontext():
+        with unsynced(self._model) if not part.is_last else nullcontext():
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
                 loss, weight, values = self._outcome(batch, part)
             factor = part.weight(self._world.world_size) if weight is None else weight
