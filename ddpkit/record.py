@@ -6,6 +6,7 @@ costs lines, never the run.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -105,17 +106,29 @@ def _stays(entry: Any, step: int, evaluated: bool) -> bool:
     return bool(entry["step"] < step or (entry["step"] == step and (evaluated or entry.get("kind") != "eval")))
 
 
+def _next_attempt(path: Path) -> int:
+    newest = -1
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line
+            newest = max(newest, json.loads(line)["attempt"])
+    return newest + 1
+
+
 class Recorder:
     """Rank zero's two files; on the other ranks everything here does nothing.
 
     Args:
         run_dir: exists and can be written.
         is_main: whether this is rank zero.
-        attempt: the number of this attempt, noted in every event.
+        attempt: the number of this attempt, noted in every event; None takes one more than the newest event has.
     """
 
-    def __init__(self, run_dir: Path, is_main: bool, attempt: int) -> None:
-        self._attempt = attempt
+    def __init__(self, run_dir: Path, is_main: bool, attempt: int | None) -> None:
+        self._attempt = _next_attempt(run_dir / "events.jsonl") if attempt is None and is_main else attempt
         self._metrics_path = run_dir / "metrics.jsonl"
         self._events = JsonLines(run_dir / "events.jsonl") if is_main else None
         self._metrics: JsonLines | None = None

@@ -20,10 +20,12 @@ from torch.optim import Optimizer
 
 from ddpkit import requeue
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
+from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.shards import Sharded, fitted, fitted_optimizer, holds_spread, is_spread
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, SaveFailed, UserError
 from ddpkit.loader import Loader
+from ddpkit.means import RankMeans
 from ddpkit.model import unwrap
 from ddpkit.permutation import derive
 from ddpkit.record import Recorder
@@ -66,7 +68,8 @@ class Progress:
 class Attempt:
     """Which start of the run this is, who started it, and the config it goes by."""
 
-    number: int = 0
+    number: int | None = None
+    """None where no launcher of ours counts: one more than the run's events know of."""
     launcher_pid: int | None = None
     config: str | None = None
     """Kept as config.yaml once the run stands: an attempt that never got so far must not change what the run is."""
@@ -107,6 +110,7 @@ class Run:
         self._attempt = attempt
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
+        self._means = RankMeans(rt.ranks, rt.device)
         self._failures = 0
         self._saved: dict[str, Any] | None = None
         self._tried_at = time.monotonic()
@@ -256,7 +260,7 @@ class Run:
             self.progress.evaluated = self.progress.step
         place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
         self._recorder.metrics(kind, place, values, **clock)
-        if self._rt.is_main:
+        if self._rt.is_main and log.isEnabledFor(logging.INFO):
             shown = "  ".join(f"{name} {value:.4g}" for name, value in (*values.items(), *clock.items()))
             log.info("%s  epoch %d  step %d  %s", kind, self.progress.epoch, self.progress.step, shown)
 
@@ -268,10 +272,10 @@ class Run:
             SaveFailed: it could not be.
         """
         self._save(must=True)
-        self._depart(reason)
+        self._depart(reason, self.progress.step)
 
-    def _depart(self, reason: str) -> NoReturn:
-        step, latency_s = self.progress.step, self._rt.stop.latency_s
+    def _depart(self, reason: str, step: int) -> NoReturn:
+        latency_s = self._rt.stop.latency_s
         self._recorder.event("stopped", step=step, reason=reason, time={"latency_s": round(latency_s, 4)})
         if self._rt.is_main:
             log.info("stopped at step %d (%s), saved %.1f s after the request", step, reason, latency_s)
@@ -282,7 +286,8 @@ class Run:
 
     def _stop_before_the_first_step(self) -> None:
         if (reason := self._rt.stop.poll()) is not None:
-            self._depart(reason)  # all that there is to save is there already
+            saved = complete(self._run_dir / "checkpoints")  # it may not have been restored yet
+            self._depart(reason, step=saved[0][0] if saved else 0)  # all that there is to save is there already
 
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
@@ -320,28 +325,15 @@ class Run:
         part = self._loader.current if self._loader is not None else None
         if weight is None:
             weight = 1.0 if part is None else float(part.size)
-        means, save_now = self._means(values, weight)
+        late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
+        own = {name: _number(value) for name, value in values.items()}
+        means, save_now = self._means.of(own, weight, asks=late and self._rt.is_main)
         self._save_is_due |= save_now
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
         elapsed, steps = now - self._logged[0], step - self._logged[1]
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
         self.record("train", means, step_s=elapsed / max(steps, 1), samples_per_s=rate)
-
-    def _means(self, values: Mapping[str, Any], weight: float) -> tuple[dict[str, float], bool]:
-        """Weighted means over ranks, and whether rank zero's clock asks for a save: one exchange for both.
-
-        By the store, not by an all-reduce, which would hang if a step named other values on one rank than on another;
-        such a value's mean is that of the ranks which gave it.
-        """
-        late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
-        own = {name: _number(value) for name, value in values.items()} if weight else {}  # of nothing: NaN
-        told = self._rt.ranks.exchange("recorded", [weight, own, late])
-        means = {}
-        for name in dict.fromkeys(name for _, given, _ in told for name in given):
-            counted = [(weight, given[name]) for weight, given, _ in told if name in given]
-            means[name] = sum(weight * value for weight, value in counted) / sum(weight for weight, _ in counted)
-        return means, bool(told[0][2])
 
     def _save(self, must: bool = False) -> None:
         self._save_is_due = False

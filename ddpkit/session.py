@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -18,14 +19,15 @@ from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distrib
 from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
+from ddpkit import launched, rendezvous, requeue, rollcall
 from ddpkit import model as models
-from ddpkit import rendezvous, requeue, rollcall
 from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
 from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.checkpoint import listing as checkpoints
 from ddpkit.errors import NoProgress, StopRequested, UserError
 from ddpkit.fetching import LoaderOptions
+from ddpkit.gathering import GatheringWatch
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.loader import Loader
 from ddpkit.permutation import derive
@@ -41,6 +43,7 @@ log = logging.getLogger("ddpkit")
 
 T = TypeVar("T")
 
+_TOLD_S = 0.3  # they look every 20 ms
 _CLOSING_S = 60.0  # ranks leave together, but one that does not come must not hold the others for long
 
 
@@ -85,6 +88,8 @@ class Runtime:
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
         self._has_own_stream = False
+        self._entry = 0
+        self._launched = launched.surrounding()
         self.ranks: Ranks
         self.stop: StopVote
 
@@ -93,9 +98,12 @@ class Runtime:
         try:
             # First: a stop that comes before the group has formed is to be one of all ranks, too.
             requests = self._stack.enter_context(Requests(self._stop_signals()))
-            self._form_group()
+            with GatheringWatch(
+                self.world, requests, self._who_is_missing, self._stall_timeout_s, self._come_back_before_the_group
+            ):
+                self._form_group()
             self.stop = self._stack.enter_context(StopVote(self.world, requests, self._connect, self.heartbeat))
-            watch = StallWatch(self.world, self._connect, self.heartbeat, self._stall_timeout_s)
+            watch = StallWatch(self.world, self._connect, self.heartbeat, self._stall_timeout_s, self.stop)
             self._stack.enter_context(watch)
             if self.world.allocation is not None and self.is_main:
                 self._stack.enter_context(
@@ -106,6 +114,7 @@ class Runtime:
         except BaseException:
             self._stack.close()
             raise
+        self._launched.begun()
         return self
 
     def __exit__(
@@ -364,6 +373,11 @@ class Runtime:
         """The Slurm job whose return is for these ranks to see to."""
         return None if self.world.has_launcher else self.world.allocation
 
+    def _come_back_before_the_group(self, signal_name: str) -> None:
+        if self.is_main and (allocation := self._own_allocation) is not None:
+            self._come_back(allocation, signal_name)
+        self._launched.stopped()
+
     def _come_back(self, allocation: Allocation, signal_name: str | None) -> None:
         directory = checkpoints.checkpoints_directory(self._run_dir) if self._run_dir is not None else None
         saved = checkpoints.complete(directory) if directory is not None else []
@@ -389,7 +403,7 @@ class Runtime:
 
     def _note_before_the_run(self, step: int, why: str) -> None:
         if self._run_dir is not None and self._run_dir.is_dir():
-            recorder = Recorder(self._run_dir, is_main=True, attempt=0)
+            recorder = Recorder(self._run_dir, is_main=True, attempt=None)
             recorder.event(requeue.EVENT, step=step, reason=why)
             recorder.close()
 
@@ -400,6 +414,14 @@ class Runtime:
 
     def _connect(self) -> Store:
         return PrefixStore(f"runtime/{self._entry}", rendezvous.connect(self.world, self._timeout_s))
+
+    def _who_is_missing(self, timeout_s: float) -> list[int]:
+        """The ranks that have not entered as often as this one."""
+        store = rendezvous.connect(self.world, timeout_s)
+        counts = {rank: f"entered/{rank}" for rank in range(self.world_size)}
+        return [
+            rank for rank, key in counts.items() if not store.check([key]) or int(store.get(key)) < max(self._entry, 1)
+        ]
 
     def _form_group(self) -> None:
         self._stack.enter_context(rendezvous.hosting(self.world))
@@ -455,6 +477,8 @@ class Runtime:
         except Exception as telling:  # noqa: BLE001 - the error itself matters, and the store may be what failed
             log.debug("could not tell the others: %s", telling)
             return
+        if self.is_main and self.world_size > 1 and not self.world.agent_store:
+            time.sleep(_TOLD_S)  # for the others to read it: the store ends with this process
         if rank != self.rank and is_consequence(error) and not isinstance(error, RankFailed):
             raise RankFailed(f"rank {rank} failed: {cause}") from error
 
@@ -474,9 +498,11 @@ def runtime(
     Args:
         seed: of everything random.
         backend: "auto" takes nccl on GPUs and gloo on CPU; "gloo" stays on the CPU.
-        timeout_s: of collectives, in seconds.
+        timeout_s: of collectives, in seconds. What a launcher of ddpkit's was told (``-o launch.timeout_s``) counts
+            instead.
         stall_timeout_s: seconds without any progress, while ranks wait for each other, after which each is asked where
-            it is, and the run ends.
+            it is, and the run ends; two minutes at most once a stop has been asked for. ``-o launch.stall_timeout_s``
+            counts instead.
         warning_signal: under Slurm, the signal that comes before the time limit ("USR1", "USR2" or "HUP"); it asks for
             a stop, as SIGTERM does.
         max_idle_requeues: under Slurm, how often in a row a job comes back without having got any further.
@@ -487,12 +513,13 @@ def runtime(
     """
     if warning_signal not in ("USR1", "USR2", "HUP"):
         raise UserError(f"runtime: warning_signal={warning_signal!r}; choose USR1, USR2 or HUP")
+    told = launched.surrounding()
     return Runtime(
         world or World.from_env(),
         seed=seed,
         backend=backend,
-        timeout_s=timeout_s,
-        stall_timeout_s=stall_timeout_s,
+        timeout_s=timeout_s if told.timeout_s is None else told.timeout_s,
+        stall_timeout_s=stall_timeout_s if told.stall_timeout_s is None else told.stall_timeout_s,
         warning_signal=warning_signal,
         max_idle_requeues=max_idle_requeues,
     )

@@ -82,7 +82,9 @@ class Requests:
         self._stop_listening()
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._on_signal:
-                signal.signal(number, handler)
+                # A cluster's warning may come when the work is done, and by default it would end what is left of it.
+                is_warning = number not in (signal.SIGTERM, signal.SIGINT) and handler == signal.SIG_DFL
+                signal.signal(number, signal.SIG_IGN if is_warning else handler)
         self._before = {}
         read, write = self._read, self._write
         self._read = self._write = -1
@@ -181,6 +183,19 @@ class StopVote:
     def is_requested(self) -> bool:
         """Whether this rank itself has been asked to stop."""
         return self._requests.reason is not None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a stop has been asked for, here or, as far as this rank knows, elsewhere."""
+        return self.is_requested or self._answered
+
+    def listen(self, seconds: float) -> None:
+        """In a single process, which has no thread here: return when it is asked to stop, woken, or after a time."""
+        self._requests.wait(seconds)
+
+    def wake(self) -> None:
+        """End a `listen` in another thread."""
+        self._requests.wake()
 
     @property
     def latency_s(self) -> float:

@@ -90,6 +90,8 @@ class World:
         """
         env = os.environ if env is None else env
         found = next((world for _, read in ENVIRONMENTS if (world := read(env)) is not None), None)
+        if found is None:
+            _check_alone(env)
         return replace(found or cls(source=_why_alone(env)), allocation=allocation(env))
 
     def to_env(self) -> dict[str, str]:
@@ -208,7 +210,13 @@ def survey(env: Mapping[str, str]) -> list[tuple[str, str]]:
         place = f"rank {world.rank} of {world.world_size}, local rank {world.local_rank} of {world.local_world_size}"
         said.append((name, f"{'there too' if decided else 'decides'}: {place} ({world.source})"))
         decided = True
-    return said if decided else [*said, ("so it is", _why_alone(env))]
+    if decided:
+        return said
+    try:
+        _check_alone(env)
+    except UserError as error:
+        return [*said, ("what is left", f"broken: {error}")]
+    return [*said, ("so it is", _why_alone(env))]
 
 
 class _Names(NamedTuple):
@@ -243,6 +251,7 @@ def _standard(env: Mapping[str, str]) -> World | None:
         ),
     )
     _check(world, names, numbered_by_node="LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env)
+    _check_against_step(env, world)
     if world_size > 1 and (world.master_addr is None or world.master_port is None):
         name = "MASTER_ADDR" if world.master_addr is None else "MASTER_PORT"
         raise UserError(
@@ -257,8 +266,22 @@ def _open_mpi(env: Mapping[str, str]) -> World | None:
     names = _Names(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
     if not _is_set(env, names, "mpirun sets all of them"):
         return None
+    _check_other_mpi(env, names)
     job = env.get("PMIX_NAMESPACE") or env.get("OMPI_MCA_ess_base_jobid")
     return _mpi(env, names, "Open MPI", f"openmpi {job}" if job else None)
+
+
+def _check_other_mpi(env: Mapping[str, str], names: _Names) -> None:
+    """One MPI's mpirun inside another's: nothing tells which of the two is the inner one."""
+    for own, other in ((names.rank, _HYDRA.rank), (names.size, _HYDRA.size)):
+        if all(name in env for name in _HYDRA) and env[own] != env[other]:
+            raise UserError(
+                f"{own}={env[own]} (Open MPI) and {other}={env[other]} (MPICH) contradict each other; unset the "
+                "variables of the one that has not started this process"
+            )
+
+
+_HYDRA = _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
 def _hydra(env: Mapping[str, str]) -> World | None:
@@ -266,7 +289,7 @@ def _hydra(env: Mapping[str, str]) -> World | None:
 
     Slurm sets the two of PMI alone, for MPI programs that srun starts; those are a Slurm step.
     """
-    names = _Names("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+    names = _HYDRA
     is_slurms = _has_step(env) and not any(name in env for name in (names.local_rank, names.local_size))
     if is_slurms or not _is_set(env, names, "mpiexec sets all of them"):
         return None
@@ -370,7 +393,7 @@ def _is_set(env: Mapping[str, str], names: Sequence[str], rule: str) -> bool:
 def _met(env: Mapping[str, str], world: World) -> World:
     """Add where the ranks meet, as far as somebody has said so."""
     port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else None
-    return replace(world, master_addr=env.get("MASTER_ADDR"), master_port=port)
+    return replace(world, master_addr=env.get("MASTER_ADDR") or None, master_port=port)  # empty: nobody's word
 
 
 def _check(world: World, names: _Names, *, numbered_by_node: bool) -> None:
@@ -396,6 +419,26 @@ def _check(world: World, names: _Names, *, numbered_by_node: bool) -> None:
         raise UserError(f"MASTER_PORT={world.master_port} is no port: they go from 1 to 65535")
 
 
+def _check_against_step(env: Mapping[str, str], world: World) -> None:
+    """What a person has set for all tasks of a Slurm step alike: each would be alone, and rank 0.
+
+    A launcher of one's own in each task may have made several ranks of it; they are those of the task, in its order.
+    """
+    has_launcher = any(name in env for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"))
+    is_mpi = any(name in env for name in ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"))  # whose helpers are the tasks
+    given = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    if has_launcher or is_mpi or not (_has_step(env) and all(name in env for name in given)):
+        return
+    task, tasks = (_number(env, name) for name in given)
+    if tasks <= 1 or (world.world_size % tasks == 0 and world.rank // (world.world_size // tasks) == task):
+        return
+    raise UserError(
+        f"RANK={world.rank} and WORLD_SIZE={world.world_size} contradict SLURM_PROCID={task} and SLURM_STEP_NUM_TASKS="
+        f"{tasks}: this is one of {tasks} tasks of a Slurm step. Unset RANK and WORLD_SIZE to be rank {task} of "
+        f"{tasks}; unset SLURM_STEP_ID for what they say."
+    )
+
+
 _LAST_STEP = 0xFFFFFFF0  # above it, Slurm numbers the shells that it starts itself: batch, interactive
 
 
@@ -418,6 +461,20 @@ def _starter(mark: str) -> int:
 def _told(env: Mapping[str, str], who: str, names: Sequence[str]) -> str:
     given = [f"{name}={env[name]}" for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name in env]
     return f"{who}, by {', '.join(given)}"
+
+
+def _check_alone(env: Mapping[str, str]) -> None:
+    """A single process is the first of all; a variable that says otherwise has lost those that belong to it."""
+    for name, whole in (
+        ("LOCAL_RANK", "RANK and WORLD_SIZE"),
+        ("SLURM_PROCID", "SLURM_STEP_ID"),
+        ("SLURM_LOCALID", "SLURM_STEP_ID"),
+    ):
+        if name in env and whole not in env and _number(env, name) > 0:
+            raise UserError(
+                f"the environment sets {name}={env[name]} but not {whole}: a launcher sets all of them. Unset {name} "
+                "for a single process, or start the ranks with a launcher."
+            )
 
 
 def _why_alone(env: Mapping[str, str]) -> str:

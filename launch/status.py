@@ -25,7 +25,7 @@ class Status:
     Attributes:
         run_dir: of the run.
         state: "running", "starting", "finished", "stopped", "failed", "interrupted" (killed, or its launcher was),
-            "queued again" (by Slurm, which has not started it yet), "submitted" or "not started".
+            "queued again" (by Slurm, which has not started it yet) or "submitted".
         step: optimizer steps recorded.
         saved_step: of the newest intact checkpoint; None without one.
         epoch: the epoch under way.
@@ -63,8 +63,11 @@ def read_status(run_dir: Path) -> Status:
     attempts = _attempts(run_dir)
     config = configs.load(run_dir / "config.yaml") if (run_dir / "config.yaml").is_file() else None
     is_submitted = (run_dir / "slurm").is_dir()
-    if config is None and not attempts and not is_submitted:
-        raise UserError(f"{run_dir}: there is no run in it; `ddpkit run` makes a run directory")
+    newest_event = _newest_event(
+        run_dir / "events.jsonl"
+    )  # of a script with a loop of its own they are all that there is
+    if config is None and not attempts and not is_submitted and newest_event is None:
+        raise UserError(f"{run_dir}: there is no run in it; `ddpkit run` and rt.resume make run directories")
     metrics = _newest_metrics(run_dir / "metrics.jsonl")
     checkpoints = {each.step: each.problem or "intact" for each in listing.listing(run_dir)}
     try:
@@ -77,11 +80,13 @@ def read_status(run_dir: Path) -> Status:
     step = max(int(last.get("step", 0)), int(progress.get("step", 0)))
     rate = metrics.get("train", {}).get("time", {})
     max_steps = config.train.max_steps if config is not None else None
-    finished = config is not None and newest is not None and is_finished(config, newest)
+    finished = newest is not None and (
+        is_finished(config, newest) if config is not None else newest_event == "finished"
+    )
     eta = (max_steps - step) * rate["step_s"] if max_steps is not None and "step_s" in rate else None
     return Status(
         run_dir=str(run_dir),
-        state="running" if running else "finished" if finished else _state(attempts, is_submitted),
+        state="running" if running else "finished" if finished else _state(attempts, is_submitted, newest_event),
         step=step,
         saved_step=newest.step if newest is not None else None,
         epoch=int(last.get("epoch", 0)),
@@ -137,10 +142,11 @@ def is_finished(config: Config, newest: Manifest) -> bool:
     return trained and (train.eval_step is None or progress["evaluated"] == progress["step"])
 
 
-def _state(attempts: list[dict[str, Any]], is_submitted: bool) -> str:
+def _state(attempts: list[dict[str, Any]], is_submitted: bool, newest_event: str | None) -> str:
     """How the last attempt ended, of a run that nobody holds and that has not reached its end."""
     if not attempts:
-        return "submitted" if is_submitted else "not started"
+        ends = {"stopped": "stopped", "failed": "failed", "requeued": "queued again"}
+        return "submitted" if is_submitted else ends.get(newest_event or "", "interrupted")
     last = attempts[-1]
     if "exit_code" not in last:
         here = last.get("host") == socket.gethostname()
@@ -151,18 +157,26 @@ def _state(attempts: list[dict[str, Any]], is_submitted: bool) -> str:
 
 
 def _newest_metrics(path: Path) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    return {entry["kind"]: entry for entry in _newest_lines(path) if "kind" in entry}
+
+
+def _newest_event(path: Path) -> str | None:
+    names = [str(entry["event"]) for entry in _newest_lines(path) if "event" in entry]
+    return names[-1] if names else None
+
+
+def _newest_lines(path: Path) -> list[dict[str, Any]]:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
             lines = file.read().splitlines()
     except OSError:
-        return {}
+        return []
+    found = []
     for line in lines:
         try:
-            entry = json.loads(line)
-            found[entry["kind"]] = entry
-        except (ValueError, TypeError, KeyError):
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             continue  # half a line
     return found
 

@@ -111,6 +111,7 @@ def test_the_warning_signal_is_a_request_under_slurm_alone() -> None:
     with ddpkit.runtime(world=inside) as rt:
         os.kill(os.getpid(), signal.SIGUSR2)
         assert rt.stop.poll() == "SIGUSR2"
+    os.kill(os.getpid(), signal.SIGUSR2)  # it comes late: the work is done, and what is left of the script goes on
     with ddpkit.runtime(world=inside, warning_signal="HUP") as rt:
         os.kill(os.getpid(), signal.SIGHUP)
         assert rt.stop.poll() == "SIGHUP"

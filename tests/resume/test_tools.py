@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import ddpkit
 from tests import toy
 from tests.resume import faults
-from tests.resume.runs import cli, last_checkpoint, metrics, shell, start, tree, write
+from tests.resume.runs import cli, events, last_checkpoint, metrics, shell, start, tree, write
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,26 @@ def test_status_of_runs_that_are_not_running(
     assert "expected" in broken["checkpoints"]["18"]
     text = cli(capsys, "status", str(finished)).out
     assert "finished, step 18" in text and "checkpoint 18: intact" in text
+
+
+def test_attempts_and_status_of_a_loop_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    for steps, state in ((2, "stopped"), (3, "finished")):
+        with contextlib.suppress(ddpkit.StopRequested), ddpkit.runtime() as rt:
+            model = rt.wrap(torch.nn.Linear(1, 1))
+            run = rt.resume(run_dir, every_steps=1, model=model)
+            for _ in range(steps):
+                run.step()
+            if state == "stopped":
+                rt.stop.request("SIGTERM")
+            run.step()
+            run.finish()
+        found = json.loads(cli(capsys, "status", str(run_dir), "--json").out)
+        assert found["state"] == state
+    assert found["saved_step"] == 7
+    attempts = [(event["attempt"], event["event"]) for event in events(run_dir)]
+    assert attempts[0] == (0, "started") and (0, "stopped") in attempts
+    assert (1, "restored") in attempts and attempts[-1] == (1, "finished")
 
 
 def test_a_run_on_slurm(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
