@@ -17,14 +17,16 @@ from ddpkit.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
     from torch import nn
 
-_REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")
+_REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")  # all of them DDP, where there are several ranks
 _INSTEAD = {
-    "FSDP": "use model.parallel: fsdp2, which is torch's own FSDP",
-    "DEEPSPEED": "use model.parallel: fsdp2, which spreads parameters, gradients and optimizer state as its ZeRO does",
+    "FSDP": "model.parallel: fsdp2 is torch's own FSDP",
+    # Its engine's state is flat parts of this number of ranks, and objects that take a pickle.
+    "DEEPSPEED": "model.parallel: fsdp2 spreads parameters, gradients and optimizer state as ZeRO does, and can be "
+    "saved, and go on at any number of ranks",
 }
+_CHOICES = ", ".join(_REPLICATED)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Settings:
     """What a file of `accelerate config` asks for, as far as it is for accelerate to see to here.
 
     Attributes:
-        distributed_type: "NO", "MULTI_CPU" or "MULTI_GPU", which all give DDP where there are several ranks.
+        distributed_type: "NO", "MULTI_CPU" or "MULTI_GPU".
         mixed_precision: "no", "bf16" or "fp16".
     """
 
@@ -52,51 +54,46 @@ def read(path: str | Path | None) -> Settings:
     found = _parsed(Path(path))
     kind = str(found.get("distributed_type"))
     if kind not in _REPLICATED:
-        if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
-            raise ConfigError(f"{path} asks for DeepSpeed, which is not installed here; {_INSTEAD[kind]}")
-        advice = _INSTEAD.get(kind, f"{', '.join(_REPLICATED)} can be had")
-        raise ConfigError(f"{path}: distributed_type: {kind} is not built; {advice}")
+        is_missing = kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None
+        why = "DeepSpeed is not installed here" if is_missing else "ddpkit cannot have accelerate prepare it"
+        raise ConfigError(f"{path}: distributed_type: {kind}: {why}; {_INSTEAD.get(kind, 'use one of ' + _CHOICES)}")
     dynamo = found.get("dynamo_config") or {}
     if str(dynamo.get("dynamo_backend", "NO") if isinstance(dynamo, Mapping) else dynamo).upper() != "NO":
         raise ConfigError(f"{path}: dynamo_config: compiling is the run's own: model.compile: true")
     mixed_precision = str(found.get("mixed_precision") or "no").lower()
     if mixed_precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"{path}: mixed_precision: {mixed_precision} is not built; no, bf16 and fp16 are")
+        raise ConfigError(f"{path}: mixed_precision: {mixed_precision}: use no, bf16 or fp16")
     return Settings(kind, mixed_precision)
 
 
-def check(settings: Settings, precision: str) -> None:
-    """Raise ConfigError unless the file and the run agree on what is computed in which precision."""
+def check(path: str | Path | None, precision: str) -> None:
+    """Raise ConfigError unless the file can be followed, and agrees with the run on the precision."""
+    settings = read(path)
     if settings.mixed_precision not in ("no", precision):
         raise ConfigError(
-            f"the file asks for mixed_precision: {settings.mixed_precision}, and the run for train.precision: "
-            f"{precision}; give both the same"
+            f"{path}: mixed_precision: {settings.mixed_precision}, and train.precision: {precision}; give both the same"
         )
 
 
-def accelerator(settings: Settings, device: torch.device, world_size: int) -> Accelerator:
-    """Make the process's accelerator. To be let go of by `release`.
+def prepare(module: nn.Module, device: torch.device, world_size: int) -> nn.Module:
+    """Have accelerate prepare a module: on its device, wrapped. Collective. Its state is one of the process: `release`.
 
     Raises:
         UserError: it sees other ranks than there are.
     """
     from accelerate import Accelerator
 
-    # Precision, accumulation and scaling are the loop's. On a CPU that is not named, each rank is one of one.
-    made = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    if made.num_processes != world_size:
-        raise UserError(f"accelerate sees {made.num_processes} processes, and there are {world_size} ranks")
-    return made
-
-
-def prepare(made: Accelerator, module: nn.Module) -> nn.Module:
-    """Have it prepare a module: on its device, wrapped as its settings ask for. Collective."""
-    prepared: nn.Module = made.prepare(module)
+    # Where it is not told that this is a CPU, it takes each rank for the only one. Precision, accumulation and loss
+    # scaling are the loop's.
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    if accelerator.num_processes != world_size:
+        raise UserError(f"accelerate sees {accelerator.num_processes} processes, and there are {world_size} ranks")
+    prepared: nn.Module = accelerator.prepare(module)
     return prepared
 
 
 def release() -> None:
-    """Forget the process's accelerator: the next runtime has other ranks, maybe."""
+    """Forget what accelerate knows of the process's ranks: the next runtime may have others."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)

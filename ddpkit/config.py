@@ -231,6 +231,8 @@ class Model(Factory):
     a file of `accelerate config` says."""
     fsdp2: Fsdp2 = Fsdp2()
     """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`."""
+    accelerate_config: Annotated[str, AfterValidator(_usable_path)] | None = None
+    """A file of `accelerate config`, for `parallel: accelerate`; null: accelerate's defaults."""
     compile: bool = False
     """Whether the model goes through `torch.compile`."""
     activation_checkpointing: tuple[str, ...] = _list()
@@ -501,7 +503,6 @@ class _NotBuilt:
 
 
 _NOT_BUILT = (
-    _NotBuilt("model.parallel", ("ddp", "fsdp2"), "choose ddp or fsdp2"),
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
     _NotBuilt("model.ema_decay", (None,), "leave it out"),
     _NotBuilt("train.callbacks", ((),), "leave it out"),
@@ -660,6 +661,10 @@ def _contradictions_of_the_model(model: Mapping[str, JsonValue], train: Mapping[
         yield _Problem(("model", "init_from", "key"), "a safetensors file is one state dict; leave it out")
     if fsdp2 != Fsdp2().model_dump(mode="json") and any(fsdp2.values()) and model.get("parallel") != "fsdp2":
         yield _Problem(("model", "fsdp2"), "it is for model.parallel: fsdp2; choose that, or leave it out")
+    if model.get("accelerate_config") is not None and model.get("parallel") != "accelerate":
+        yield _Problem(
+            ("model", "accelerate_config"), "it is for model.parallel: accelerate; choose that, or leave it out"
+        )
     if fsdp2.get("cpu_offload") is True and train.get("precision") == "fp16":
         sentence = "not with train.precision: fp16, whose scaling needs the gradients on the GPU; choose bf16"
         yield _Problem(("model", "fsdp2", "cpu_offload"), sentence)

@@ -7,19 +7,21 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
+from ddpkit import accelerated, launched, rendezvous, requeue, rollcall
 from ddpkit import evaluate as evaluation
-from ddpkit import launched, rendezvous, requeue, rollcall
 from ddpkit import model as models
 from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
@@ -40,8 +42,6 @@ from ddpkit.stop import Requests, StopVote
 from ddpkit.world import Allocation, World
 
 log = logging.getLogger("ddpkit")
-
-T = TypeVar("T")
 
 _TOLD_S = 0.3  # they look every 20 ms
 _CLOSING_S = 60.0  # ranks leave together, but one that does not come must not hold the others for long
@@ -155,31 +155,49 @@ class Runtime:
 
         Args:
             module: with the same parameters on all ranks; a model built after `runtime` began has them.
-            parallel: "ddp", or "fsdp2" for models that are too large for one rank: it spreads the module in place, so
-                make the optimizer afterwards.
+            parallel: "ddp"; "fsdp2" for models that are too large for one rank, which spreads the module in place, so
+                make the optimizer afterwards; or "accelerate", which has Hugging Face's accelerate prepare it.
             sync_batchnorm: have BatchNorm layers see the batch of all ranks.
-            options: for "ddp" what `torch.nn.parallel.DistributedDataParallel` takes, for "fsdp2" what
-                `ddpkit.sharding.Sharding` has (``layers=["Block"], param_dtype="bf16", ...``).
+            options: for "ddp" what `torch.nn.parallel.DistributedDataParallel` takes; for "fsdp2" what
+                `ddpkit.sharding.Sharding` has (``layers=["Block"], param_dtype="bf16", ...``); for "accelerate" maybe
+                ``config="file.yaml"``, made by `accelerate config`.
         """
         self.stop_before_the_run()
-        if parallel == "fsdp2":
-            wrapped = self._shard(module, sync_batchnorm, _options(Sharding, options, parallel))
-        elif parallel == "ddp":
-            wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **options)
-        else:
-            raise UserError(f"wrap: parallel={parallel!r}; choose ddp or fsdp2")
+        if parallel not in _WAYS:
+            raise UserError(f"wrap: parallel={parallel!r}; choose one of {', '.join(_WAYS)}")
+        wrapped = _WAYS[parallel](self, module, sync_batchnorm, **options)
         self._stack.callback(models.release, wrapped)
         if not self._has_own_stream:  # once: a second model must not have the same numbers drawn again
             seed_generators(derive(self.seed, "rank", self.rank))
             self._has_own_stream = True
         return wrapped
 
-    def _shard(self, module: nn.Module, sync_batchnorm: bool, sharding: Sharding) -> nn.Module:
+    def _replicate(self, module: nn.Module, sync_batchnorm: bool, **options: Any) -> nn.Module:
+        return models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **options)
+
+    def _shard(self, module: nn.Module, sync_batchnorm: bool, **options: Any) -> nn.Module:
+        unknown = options.keys() - {field.name for field in fields(Sharding)}
+        if unknown:
+            known = ", ".join(field.name for field in fields(Sharding))
+            raise UserError(f"wrap: parallel='fsdp2' has no option {min(unknown)!r}; it has {known}")
+        sharding = Sharding(**options)
         if not dist.is_initialized():
             self._start_group()  # one process alone is spread over itself: it computes, offloads, ... as several would
         if sync_batchnorm and self.world_size > 1:
             module = convert_sync_batchnorm(module)
         return shard(module, self.device, sharding)
+
+    def _accelerate(self, module: nn.Module, sync_batchnorm: bool, config: str | Path | None = None) -> nn.Module:
+        accelerated.read(config)
+        if self.world_size == 1:
+            return self._replicate(module, sync_batchnorm)
+        if sync_batchnorm:
+            module = convert_sync_batchnorm(module)
+        prepared = accelerated.prepare(module, self.device, self.world_size)
+        self._stack.callback(accelerated.release)
+        if isinstance(prepared, DistributedDataParallel):
+            models.settle_buckets(prepared)
+        return prepared
 
     def loader(
         self,
@@ -483,6 +501,13 @@ class Runtime:
             raise RankFailed(f"rank {rank} failed: {cause}") from error
 
 
+_WAYS: dict[str, Callable[..., nn.Module]] = {
+    "ddp": Runtime._replicate,
+    "fsdp2": Runtime._shard,
+    "accelerate": Runtime._accelerate,
+}
+
+
 def runtime(
     seed: int = 0,
     *,
@@ -523,13 +548,6 @@ def runtime(
         warning_signal=warning_signal,
         max_idle_requeues=max_idle_requeues,
     )
-
-
-def _options(kind: Callable[..., T], options: Mapping[str, Any], parallel: str) -> T:
-    try:
-        return kind(**options)
-    except TypeError as error:  # an option that there is not
-        raise UserError(f"wrap: parallel={parallel!r}: {str(error).rpartition('() ')[2]}") from None
 
 
 def _is_orderly(error: BaseException) -> bool:

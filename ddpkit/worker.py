@@ -188,9 +188,11 @@ def _module(config: Config) -> nn.Module:
 def _spreading(config: Config) -> dict[str, Any]:
     """How `Runtime.wrap` is to spread the model."""
     model = config.model
-    if model.parallel != "fsdp2":
-        return {}
-    return {"parallel": "fsdp2", **model.fsdp2.model_dump(exclude={"meta_init"})}
+    if model.parallel == "accelerate":
+        return {"parallel": "accelerate", "config": model.accelerate_config}
+    if model.parallel == "fsdp2":
+        return {"parallel": "fsdp2", **model.fsdp2.model_dump(exclude={"meta_init"})}
+    return {}
 
 
 def _load_first_weights(rt: Runtime, config: Config, module: nn.Module) -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from ddpkit import accelerated, config_schema, factories, world
 from ddpkit import config as configs
-from ddpkit import config_schema, factories, world
 from ddpkit.checkpoint import claim, listing
 from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
@@ -181,6 +181,7 @@ def _overrides(arguments: Namespace) -> list[str]:
 def _run_plan(config: Config, arguments: Namespace) -> Plan:
     _check_references(config)
     _check_first_weights(config)
+    _check_accelerate(config)
     # Of a job on other machines, the launcher is there too.
     options = {} if config.launch.launcher == "slurm" else {"launcher_pid": os.getpid()}
     job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
@@ -242,6 +243,14 @@ def _check_first_weights(config: Config) -> None:
     path = Path(init_from.path)
     beside = [entry.name for entry in path.parent.glob("*")]
     raise ConfigError(f"model.init_from.path: {path}: there is no such file{nearest(path.name, beside)}")
+
+
+def _check_accelerate(config: Config) -> None:
+    if config.model.parallel == "accelerate":
+        try:
+            accelerated.check(config.model.accelerate_config, config.train.precision)
+        except ConfigError as error:
+            raise ConfigError(f"model.accelerate_config: {error}") from None
 
 
 def _script_job(arguments: Namespace) -> Job:

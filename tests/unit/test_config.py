@@ -722,7 +722,6 @@ def test_what_cannot_be_filled_in(write: Callable[..., str], written: str, messa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.parallel=accelerate", "model.parallel: 'accelerate' is not built yet; choose ddp"),
         ("model.ema_decay=0.9", "model.ema_decay: 0.9 is not built yet"),
         ("model.activation_checkpointing=[Block]", "model.activation_checkpointing: this is not built yet"),
         ("train.callbacks=['a:b']", "train.callbacks: this is not built yet"),
