@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import enum
+import inspect
+import itertools
 import operator
 import os
 import re
@@ -117,7 +120,8 @@ S = TypeVar("S", bound=BaseModel)
 class Section(BaseModel):
     """What all parts of the tree share: frozen, exact types, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    # Not use_attribute_docstrings: it reads this file anew for each class, 6 % of a dry run; see `schema`.
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 def _list() -> Any:
@@ -360,6 +364,8 @@ class Checkpoint(Section):
     """The best one, by a metric, is kept as well; null: none is."""
     max_failures: Count = 3
     """Saves in a row that may fail before the run fails."""
+    asynchronous: bool = True
+    """Whether training goes on while a save is written, from a copy in host memory; false: it waits, without a copy."""
 
 
 class Config(Section):
@@ -464,7 +470,27 @@ def dump(config: Config) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON schema of the config file, with a description of each key."""
-    return Config.model_json_schema()
+    tree = Config.model_json_schema()
+    for name, section in [(Config.__name__, tree), *tree["$defs"].items()]:
+        kind = globals().get(name)
+        texts = _docstrings(kind) if isinstance(kind, type) and issubclass(kind, Section) else {}
+        for key, node in section.get("properties", {}).items():
+            if key in texts:
+                node["description"] = texts[key]
+    return tree
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """The text below each field of a section, and of those that it is built on."""
+    found: dict[str, str] = {}
+    for part in (each for each in reversed(kind.__mro__) if each.__module__ == __name__):
+        (section,) = ast.parse(inspect.getsource(part)).body
+        assert isinstance(section, ast.ClassDef)  # its source
+        for field, text in itertools.pairwise(section.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(said))):
+                    found[key] = inspect.cleandoc(said)
+    return found
 
 
 def is_factory(value: JsonValue) -> TypeGuard[dict[str, JsonValue]]:

@@ -55,3 +55,8 @@ class StopRequested(SystemExit):
     def __init__(self, reason: str) -> None:
         super().__init__(EXIT_STOPPED)
         self.reason = reason
+
+
+def is_orderly(error: BaseException) -> bool:
+    """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
+    return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, EXIT_DONE))

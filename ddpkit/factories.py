@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -31,8 +32,9 @@ def check(config: Config, search_path: Sequence[str]) -> list[str]:
     ``search_path`` is the ``sys.path`` of the ranks. What only an import can decide counts as there.
     """
     lines = []
+    read = functools.cache(references.syntax_tree)  # most references are to the same file
     for key, ref in all_references(config):
-        problem = references.missing(parse(ref), search_path)
+        problem = references.missing(parse(ref), search_path, read)
         if problem is not None:
             lines.append(f"{key}: {problem}")
     return lines

@@ -12,13 +12,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -54,62 +52,31 @@ class LoaderOptions:
 
 
 class SeededDataset(Dataset[Any]):
-    """A map-style dataset that is asked for whole passes, each sample with a random stream of its own.
-
-    Seeding the generators costs 6 us a sample, and most datasets draw nothing from them. So once a pass has been seen
-    to draw nothing, the next ones are fetched without seeding; as soon as one draws after all, it is fetched again with
-    it, and so is everything from there on. What comes out is the same either way.
-    """
+    """A map-style dataset that is asked for whole passes, and seeds the generators for each sample."""
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset = dataset
         self._collate = collate
         self._generators = HostGenerators()
-        self._draws: bool | None = None
-        """Whether the dataset or the collating draws from the generators; not known yet in the first pass."""
 
     def __getitem__(self, fetch: Fetch) -> tuple[Pass, Any]:
         """Fetch and collate one pass."""
-        before = self._generators.state()
-        if self._draws is False:
-            try:
-                batch = self._batch([self._dataset[item] for item in fetch.items], fetch.part)
-                if self._generators.state() == before:
-                    return fetch.part, batch
-            except Exception:  # noqa: BLE001 - it comes again, unless it came of what was drawn
-                pass
-            self._draws = True
-        try:
+        # In a worker the generators serve nothing else; in the rank's own process they are the step's as well.
+        with self._generators.kept() if get_worker_info() is None else nullcontext():
             return fetch.part, self._seeded(fetch)
-        finally:
-            self._generators.restore(before)
 
     def _seeded(self, fetch: Fetch) -> Any:
         part = fetch.part
         first = part.start if part.size else part.batch_start
         samples = []
         for position, item in enumerate(fetch.items, first):
+            seed_host_generators(sample_key(fetch.key, position))
             try:
-                samples.append(self._drawn(sample_key(fetch.key, position), partial(getitem, self._dataset, item)))
+                samples.append(self._dataset[item])
             except Exception as error:
                 _note(error, f"at sample {item}, position {position} of the epoch")
                 raise
-        batch = self._drawn(sample_key(fetch.key ^ _COLLATE, first), lambda: self._batch(samples, part))
-        self._draws = bool(self._draws)
-        return batch
-
-    def _drawn(self, key: int, make: Callable[[], Any]) -> Any:
-        """What ``make`` makes with the generators seeded by ``key``; notes whether it draws, until it has."""
-        seed_host_generators(key)
-        if self._draws:
-            return make()
-        seeded = self._generators.state()
-        made = make()
-        if self._generators.state() != seeded:
-            self._draws = True
-        return made
-
-    def _batch(self, samples: list[Any], part: Pass) -> Any:
+        seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
         batch = self._collate(samples)
         return batch if part.size else nothing_of(batch, samples[0])
 

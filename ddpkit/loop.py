@@ -47,6 +47,7 @@ class Saving:
     every_minutes: float | None = None
     keep: int = 3
     max_failures: int = 3
+    asynchronous: bool = True
 
 
 def fit(
@@ -109,6 +110,7 @@ def fit(
         every_minutes=saving.every_minutes,
         keep=saving.keep,
         max_failures=saving.max_failures,
+        asynchronous=saving.asynchronous,
         log_every=log_every,
         attempt=attempt,
     ) as run:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
 import torch
@@ -23,13 +24,14 @@ from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.shards import Sharded, fitted, fitted_optimizer, holds_spread, is_spread
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
-from ddpkit.errors import EXIT_STOPPED, SaveFailed, UserError
+from ddpkit.errors import EXIT_STOPPED, UserError
 from ddpkit.loader import Loader
 from ddpkit.means import RankMeans
 from ddpkit.model import unwrap
 from ddpkit.permutation import derive
 from ddpkit.record import Recorder
 from ddpkit.sampler import Pass
+from ddpkit.saving import Saver
 from ddpkit.seeding import seed_generators
 from ddpkit.state import pack, rng_state, set_rng_state
 
@@ -92,6 +94,7 @@ class Run:
         every_minutes: float | None = None,
         keep: int = 3,
         max_failures: int = 3,
+        asynchronous: bool = True,
         log_every: int = 10,
         attempt: Attempt = Attempt(),
         wait_for_claim_s: float = 15.0,
@@ -106,13 +109,12 @@ class Run:
         self._every_minutes = every_minutes
         self._keep = keep
         self._max_failures = max_failures
+        self._asynchronous = asynchronous
         self._log_every = log_every
         self._attempt = attempt
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
         self._means = RankMeans(rt.ranks, rt.device)
-        self._failures = 0
-        self._saved: dict[str, Any] | None = None
         self._tried_at = time.monotonic()
         self._save_is_due = False
         self._in_epochs = False
@@ -122,6 +124,7 @@ class Run:
         self._claim: Claim | None = None
         self._recorder: Recorder
         self._store: CheckpointStore
+        self._saver: Saver
 
     def __enter__(self) -> Run:
         ranks = self._rt.ranks
@@ -136,6 +139,15 @@ class Run:
                 event=self._recorder.event,
                 warn=self._warn,
                 fence=self._fence,
+            )
+            self._saver = self._stack.enter_context(
+                Saver(
+                    self._rt,
+                    self._store,
+                    self._recorder,
+                    asynchronous=self._asynchronous,
+                    max_failures=self._max_failures,
+                )
             )
             self._rt.begin(self._run_dir, self._note_requeue)
             self._stop_before_the_first_step()
@@ -152,12 +164,14 @@ class Run:
             self._loader.on_fetch = self._on_fetch
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
             self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
         if self._loader is not None:
             self._loader.on_fetch = None
-        self._stack.close()
+        self._stack.__exit__(kind, error, trace)
 
     # -- a loop of one's own ---------------------------------------------------------------------------------------
 
@@ -337,29 +351,9 @@ class Run:
 
     def _save(self, must: bool = False) -> None:
         self._save_is_due = False
-        if self._saved == asdict(self.progress):
-            return
+        self._tried_at = time.monotonic()
         with self._rt.heartbeat.during("saving"):
-            self._try_to_save(must)
-
-    def _try_to_save(self, must: bool) -> None:
-        started = self._tried_at = time.monotonic()
-        self._recorder.make_durable()  # the lines up to this step, before the checkpoint that counts on them
-        try:
-            saved = self._store.save(self.progress.step, self._snapshot())
-        except SaveFailed as error:
-            self._failures += 1
-            self._recorder.event("save_failed", step=self.progress.step, cause=str(error))
-            if must or self._failures >= self._max_failures:
-                raise
-            self._warn(f"{error}. The run goes on; older checkpoints are kept ({self._failures} failed in a row).")
-            return
-        self._failures = 0
-        self._saved = asdict(self.progress)
-        seconds = round(time.monotonic() - started, 4)
-        self._rt.heartbeat.saved(seconds)
-        if saved.written:
-            self._recorder.event("saved", step=saved.step, bytes=saved.bytes, seconds=seconds)
+            self._saver.save(asdict(self.progress), self._snapshot, must=must)
 
     def _snapshot(self) -> Snapshot:
         replicated: dict[str, Any] = {}
@@ -387,7 +381,12 @@ class Run:
         pack({**snapshot.main, **snapshot.replicated})
 
     def _restore(self) -> None:
-        loaded = self._store.load_newest()
+        parameters = {
+            name: dict(unwrap(item).named_parameters(remove_duplicate=False))
+            for name, item in self._objects.items()
+            if isinstance(item, nn.Module)
+        }
+        loaded = self._store.load_newest(into=parameters)
         if loaded is not None:
             self._take_up(loaded)
         progress = self.progress
@@ -411,7 +410,7 @@ class Run:
                 saved = loaded.replicated[name] if name in loaded.replicated else loaded.main[name]
                 item.load_state_dict(fitted(saved, item.state_dict()))
         self.progress = Progress(**loaded.progress)
-        self._saved = dict(loaded.progress)
+        self._saver.restored(loaded.progress)
         self._rt.heartbeat.step = self.progress.step
         if loaded.own is not None:
             set_rng_state(loaded.own["rng"], self._rt.device)

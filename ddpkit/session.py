@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
 from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.checkpoint import listing as checkpoints
-from ddpkit.errors import NoProgress, StopRequested, UserError
+from ddpkit.errors import NoProgress, StopRequested, UserError, is_orderly
 from ddpkit.fetching import LoaderOptions
 from ddpkit.gathering import GatheringWatch
 from ddpkit.heartbeat import Heartbeat
@@ -87,6 +88,7 @@ class Runtime:
         self._timeout_s = timeout_s
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
+        self._threads = 0
         self._has_own_stream = False
         self._entry = 0
         self._launched = launched.surrounding()
@@ -121,7 +123,7 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None or _is_orderly(error):
+            if error is None or is_orderly(error):
                 self._leave_together()
             else:
                 self._tell_failure(error)
@@ -266,6 +268,7 @@ class Runtime:
         *,
         every_steps: int | None = 1000,
         keep: int = 3,
+        asynchronous: bool = True,
         log_every: int = 10,
         **objects: Any,
     ) -> Run:
@@ -275,6 +278,7 @@ class Runtime:
             run_dir: where the run keeps everything it writes; made if missing.
             every_steps: optimizer steps between saves; None saves at the end and on stops only.
             keep: checkpoints kept.
+            asynchronous: have training go on while a save is written, from a copy in host memory; False has it wait.
             log_every: optimizer steps between lines in metrics.jsonl.
             objects: what belongs to the run's state, by name: modules (wrapped or not), optimizers, loaders,
                 schedulers, and anything else with state_dict and load_state_dict.
@@ -284,7 +288,15 @@ class Runtime:
             BrokenCheckpoint: there are checkpoints, and none is intact.
         """
         return self._stack.enter_context(
-            Run(self, Path(run_dir), objects, every_steps=every_steps, keep=keep, log_every=log_every)
+            Run(
+                self,
+                Path(run_dir),
+                objects,
+                every_steps=every_steps,
+                keep=keep,
+                asynchronous=asynchronous,
+                log_every=log_every,
+            )
         )
 
     def evaluate(
@@ -359,6 +371,17 @@ class Runtime:
         """
         if not self._has_begun and (reason := self.stop.poll()) is not None:
             self.leave(reason)
+
+    def ranks_beside(self, heartbeat: Heartbeat, leaving: threading.Event) -> Ranks:
+        """Partners in agreements for a thread beside the main one; all ranks make theirs in the same order.
+
+        Args:
+            heartbeat: of that thread.
+            leaving: once it is set, waits are given up.
+        """
+        self._threads += 1
+        thread = f"thread {self._threads}"
+        return Ranks(self.world, PrefixStore(AGREEMENTS, self._connect()), heartbeat, thread, leaving)
 
     def begin(self, run_dir: Path, note_requeue: Callable[[int, str], None]) -> None:
         """A run is being opened: from here it is the run that stops, at its own places.
@@ -548,11 +571,6 @@ def runtime(
         warning_signal=warning_signal,
         max_idle_requeues=max_idle_requeues,
     )
-
-
-def _is_orderly(error: BaseException) -> bool:
-    """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
-    return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, 0))
 
 
 def _check_even(world: World, store: Store) -> None:

@@ -137,7 +137,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         evaluation=evaluation,
-        saving=Saving(saving.every_steps, saving.every_minutes, saving.keep, saving.max_failures),
+        saving=Saving(saving.every_steps, saving.every_minutes, saving.keep, saving.max_failures, saving.asynchronous),
         precision=config.train.precision,
         clip_grad_norm=config.train.clip_grad_norm,
         log_every=config.log_every,
@@ -155,7 +155,7 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
     model = rt.wrap(module, **_spreading(config)) if config.model.parallel == "fsdp2" else module.to(rt.device)
     directory = checkpoints_directory(Path(config.run_dir))
     store = CheckpointStore(directory, 1, rt.ranks, event=_ignore, warn=log.warning, fence=_ignore)
-    loaded = store.load_newest(step, read_only=True)
+    loaded = store.load_newest(step, read_only=True, into={"model": dict(model.named_parameters())})
     if loaded is None:
         raise UserError(f"{directory}: there is no checkpoint to evaluate yet")
     load_model("model", unwrap(model), loaded)

@@ -1,7 +1,7 @@
 """What a checkpoint holds: a snapshot of the run as files, and the way back.
 
-`take`, `write` and `commit` are apart, and none of them talks to another rank: a save can take the state,
-then write and commit while training goes on.
+`take`, `write` and `commit` are apart, and none of them talks to another rank: a save takes the state (and copies
+it: `ddpkit.checkpoint.staging`), then writes and commits while training goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -33,6 +33,9 @@ from ddpkit.checkpoint.writer import (
 )
 from ddpkit.errors import BrokenCheckpoint, SaveFailed, StateError
 from ddpkit.state import layouts, pack, tensor_names, unpack
+
+Targets: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""Tensors in use, by the entry of the replicated state and the key in it whose content they are to take up."""
 
 _REPLICATED = re.compile(r"replicated-\d{5,}\.safetensors")
 _MAIN = "main.safetensors"
@@ -75,6 +78,7 @@ class Loaded:
 class Part:
     """What one rank writes: its tensors by file, its skeletons, and a digest of the replicated layout."""
 
+    progress: dict[str, Json]
     files: dict[str, dict[str, Tensor]]
     shared: Json
     own: Json
@@ -84,7 +88,10 @@ class Part:
 
 
 def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
-    """This rank's part of a snapshot. Raises StateError for a state that cannot be saved."""
+    """This rank's part of a snapshot; its tensors are those of the snapshot.
+
+    Raises StateError for a state that cannot be saved.
+    """
     replicated, replicated_tensors = pack(snapshot.replicated)
     main, main_tensors = pack(snapshot.main if rank == 0 else None)
     own, own_tensors = pack(snapshot.own)
@@ -99,6 +106,7 @@ def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
         _own_file(rank): own_tensors,
     }
     return Part(
+        progress=snapshot.progress,
         files={name: tensors for name, tensors in files.items() if tensors},
         shared={"replicated": replicated, "main": main},
         own=own,
@@ -156,13 +164,15 @@ def undo_replacements(directory: Path) -> None:
             fsync_directory(directory)
 
 
-def read(directory: Path, found: Manifest, rank: int) -> Loaded:
+def read(directory: Path, found: Manifest, rank: int, into: Targets) -> Loaded:
     """Read a verified checkpoint, whatever the number of ranks that wrote it. Raises BrokenCheckpoint.
 
     Tensors that were spread over those ranks are `Sharded`: a part of one is read when it is asked for.
     """
     names = [proof.name for proof in found.files]
-    replicated = _read_files(directory, [name for name in names if _REPLICATED.fullmatch(name)])
+    shared = _shared(directory, found, "replicated")
+    files = [name for name in names if _REPLICATED.fullmatch(name)]
+    replicated = _read_files(directory, files, into=_places(shared, into))
     main = _read_files(directory, [name for name in names if name == _MAIN])
     had_part = rank < len(found.own)
     own = _read_files(directory, [name for name in names if had_part and name == _own_file(rank)])
@@ -170,7 +180,7 @@ def read(directory: Path, found: Manifest, rank: int) -> Loaded:
         step=found.step,
         world_size=found.world_size,
         progress=found.progress,
-        replicated=_unpack(directory, _shared(directory, found, "replicated"), replicated, ShardFiles(directory)),
+        replicated=_unpack(directory, shared, replicated, ShardFiles(directory)),
         main=_unpack(directory, _shared(directory, found, "main"), main),
         own=_unpack(directory, found.own[rank], own) if had_part else None,
     )
@@ -248,10 +258,24 @@ def _shared(directory: Path, found: Manifest, group: str) -> Json:
     return found.shared[group]
 
 
-def _read_files(directory: Path, names: Iterable[str], wanted: set[str] | None = None) -> dict[str, Tensor]:
+def _places(skeleton: Json, targets: Targets) -> dict[str, Tensor]:
+    """The tensors of ``targets`` by the names under which their content is stored."""
+    places: dict[str, Tensor] = {}
+    for entry, tensors in targets.items():
+        stored = skeleton.get(entry) if isinstance(skeleton, dict) else None
+        for key, tensor in tensors.items():
+            match stored.get(key) if isinstance(stored, dict) else None:
+                case {"!": "tensor", "name": str(name), **more} if not more:
+                    places.setdefault(name, tensor)  # tied ones: the first
+    return places
+
+
+def _read_files(
+    directory: Path, names: Iterable[str], wanted: set[str] | None = None, into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensors.update(read_tensors(directory / name, wanted))
+        tensors.update(read_tensors(directory / name, wanted, into))
     return tensors
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ddpkit.checkpoint.writer import STORED_DTYPES
+from ddpkit.checkpoint.writer import STORED_DTYPES, Entry, read_entries, read_rows
 from ddpkit.errors import BrokenCheckpoint, StateError
 
 if TYPE_CHECKING:
@@ -119,20 +118,21 @@ def shard_file(rank: int) -> str:
 
 @dataclass
 class ShardFiles:
-    """The files with the parts, in one checkpoint. They stay mapped as long as this lives."""
+    """The files with the parts, in one checkpoint."""
 
     directory: Path
-    _files: dict[int, Any] = field(default_factory=dict)
+    _entries: dict[int, dict[str, Entry]] = field(default_factory=dict)
 
-    def part(self, rank: int, name: str) -> Any:
-        """A rank's part of a tensor: nothing of it is read until it is sliced."""
+    def read(self, rank: int, name: str, shape: tuple[int, ...], rows: tuple[int, int]) -> Tensor:
+        """Some rows of a rank's part of a tensor, which has to be of this shape. Raises BrokenCheckpoint."""
         path = self.directory / shard_file(rank)
-        try:
-            if rank not in self._files:
-                self._files[rank] = safe_open(path, framework="pt")
-            return self._files[rank].get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise BrokenCheckpoint(f"{path}: expected a safetensors file with {name!r}, found: {error}") from error
+        if rank not in self._entries:
+            self._entries[rank] = read_entries(path)
+        entry = self._entries[rank].get(name)
+        if entry is None or entry.shape != shape:
+            found = "none" if entry is None else f"one of shape {entry.shape}"
+            raise BrokenCheckpoint(f"{path}: expected a tensor {name!r} of shape {shape}, found {found}")
+        return read_rows(path, entry, *rows)
 
 
 @dataclass(frozen=True)
@@ -167,16 +167,14 @@ class Sharded:
         return result
 
     def _part(self, rank: int, saved: Region, common: list[tuple[int, int]]) -> Tensor:
-        part = self.files.part(rank, self.name)
+        shape = tuple(stop - start for start, stop in saved)
         is_raw = self.dtype not in STORED_DTYPES
-        shape = [stop - start for start, stop in saved] + ([self.dtype.itemsize] if is_raw else [])
-        if list(part.get_shape()) != shape:
-            raise BrokenCheckpoint(
-                f"{self.files.directory / shard_file(rank)}: expected {self.name!r} with the shape {shape}, "
-                f"found {list(part.get_shape())}"
-            )
-        found: Tensor = part[_slices(common, saved)]
-        return found.contiguous().view(self.dtype).squeeze(-1) if is_raw else found
+        rows, *others = _slices(common, saved)
+        found = self.files.read(
+            rank, self.name, (*shape, self.dtype.itemsize) if is_raw else shape, (rows.start, rows.stop)
+        )
+        found = found.view(self.dtype).squeeze(-1) if is_raw else found
+        return found[(slice(None), *others)]
 
 
 def _slices(inner: list[tuple[int, int]], outer: Region) -> tuple[slice, ...]:

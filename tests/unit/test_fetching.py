@@ -1,4 +1,4 @@
-"""Samples have the same randomness whether they are seeded or not, since those that are not draw nothing."""
+"""A fetch leaves the rank's own generators as they were, and each sample finds them seeded by its position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from ddpkit import fetching
 from ddpkit.fetching import SeededDataset
 from ddpkit.sampler import ElasticOrder, Plan
 from ddpkit.seeding import seed_host_generators
@@ -19,94 +18,52 @@ from ddpkit.world import World
 LENGTH = 24
 
 
-class Sometimes:
-    """Draws at some samples only."""
-
-    def __init__(self, draws_at: Callable[[int], bool], draw: Callable[[], Any] = random.random) -> None:
-        self.draws_at = draws_at
+class Drawing:
+    def __init__(self, draw: Callable[[], Any]) -> None:
         self.draw = draw
-        self.asked: list[int] = []
 
     def __getitem__(self, index: int) -> tuple[int, float]:
-        self.asked.append(index)
-        return index, float(self.draw()) if self.draws_at(index) else 0.0
-
-
-def passes_of(dataset: SeededDataset, own: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
-    """Every pass of two epochs, and what the rank itself draws in between."""
-    plan = Plan(ElasticOrder(LENGTH, 0, True), World(), 0, 4, None, drop_last=True)
-    seed_host_generators(5)
-    batches, drawn = [], []
-    for epoch in range(2):
-        for fetch in plan.fetches(epoch, 0):
-            drawn.append(own())
-            batches.append(dataset[fetch])
-    return batches, drawn
+        return index, float(self.draw())
 
 
 def as_they_are(samples: list[Any]) -> Any:
     return samples
 
 
-def noisy_at_the_end(samples: list[Any]) -> Any:
-    return [*samples, random.random() if samples[0][0] == 7 else None]
+def passes_of(
+    dataset: SeededDataset | None, own: Callable[[], Any], batch_size: int = 4
+) -> tuple[list[Any], list[Any]]:
+    """Every sample of two epochs, and what the rank itself draws in between."""
+    plan = Plan(ElasticOrder(LENGTH, 0, True), World(), 0, batch_size, None, drop_last=True)
+    seed_host_generators(5)
+    samples: list[Any] = []
+    drawn = []
+    for epoch in range(2):
+        for fetch in plan.fetches(epoch, 0):
+            drawn.append(own())
+            samples += dataset[fetch][1] if dataset is not None else []
+    return samples, drawn
 
 
-@pytest.fixture
-def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The keys that samples are seeded by."""
-    keys: list[int] = []
-
-    def seed(key: int) -> None:
-        keys.append(key)
-        seed_host_generators(key)
-
-    monkeypatch.setattr(fetching, "seed_host_generators", seed)
-    return keys
+DRAWS: dict[str, Callable[[], Any]] = {
+    "python": random.random,
+    "python's second normal deviate": lambda: random.gauss(0, 1),
+    "numpy": np.random.random,
+    "numpy's second normal deviate": np.random.normal,
+    "torch": lambda: float(torch.rand(())),
+}
 
 
-OWN = [lambda: 0.0, np.random.normal, lambda: random.gauss(0, 1), lambda: float(torch.randn(()))]
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("own", DRAWS.values(), ids=DRAWS)
+def test_fetches_do_not_move_the_rank_s_own_streams(draw: Callable[[], Any], own: Callable[[], Any]) -> None:
+    samples, drawn = passes_of(SeededDataset(Drawing(draw), as_they_are), own)
+    assert drawn == passes_of(None, own)[1]
+    assert len({value for _, value in samples}) == 2 * LENGTH
+    assert samples == passes_of(SeededDataset(Drawing(draw), as_they_are), lambda: None, batch_size=12)[0]
 
 
-@pytest.mark.parametrize("own", OWN, ids=["nothing", "numpy", "random", "torch"])
-@pytest.mark.parametrize("draw", [random.random, lambda: random.gauss(0, 1), np.random.normal, lambda: torch.randn(())])
-@pytest.mark.parametrize("collate", [as_they_are, noisy_at_the_end])
-def test_a_dataset_that_draws_now_and_then_is_as_if_seeded_for_every_sample(
-    draw: Callable[[], Any], own: Callable[[], Any], collate: Callable[[list[Any]], Any]
-) -> None:
-    always = SeededDataset(Sometimes(lambda index: index % 11 == 10, draw), collate)
-    always._draws = True
-    expected = passes_of(always, own)
-    now_and_then = SeededDataset(Sometimes(lambda index: index % 11 == 10, draw), collate)
-    assert passes_of(now_and_then, own) == expected
-
-
-def test_a_dataset_that_draws_nothing_is_seeded_in_its_first_pass_only(seeds: list[int]) -> None:
-    quiet = Sometimes(lambda index: False)
-    passes_of(SeededDataset(quiet, as_they_are), lambda: None)
-    assert len(seeds) == 4 + 1  # and for collating
-    assert len(quiet.asked) == 2 * LENGTH
-
-
-def test_a_dataset_that_draws_is_asked_for_nothing_twice(seeds: list[int]) -> None:
-    drawing = Sometimes(lambda index: True)
-    passes_of(SeededDataset(drawing, as_they_are), lambda: None)
-    assert len(seeds) == 2 * (LENGTH + LENGTH // 4)
-    assert len(drawing.asked) == 2 * LENGTH
-
-
-def test_an_error_is_that_of_the_seeded_fetch() -> None:
-    class Failing(Sometimes):
-        def __getitem__(self, index: int) -> tuple[int, float]:
-            if index == 7:
-                raise ValueError(f"drew {random.random()}")
-            return super().__getitem__(index)
-
-    errors = []
-    for draws in (None, True):
-        dataset = SeededDataset(Failing(lambda index: False), as_they_are)
-        dataset._draws = draws
-        with pytest.raises(ValueError) as caught:
-            passes_of(dataset, random.random)
-        errors.append(str(caught.value))
-    assert errors[0] == errors[1]
+def test_a_sample_may_take_its_seed_without_drawing() -> None:
+    samples, _ = passes_of(SeededDataset(Drawing(torch.initial_seed), as_they_are), lambda: None)
+    assert len({value for _, value in samples}) == 2 * LENGTH
+    assert samples == passes_of(SeededDataset(Drawing(torch.initial_seed), as_they_are), random.random, batch_size=8)[0]
