@@ -214,7 +214,8 @@ class Ranks:
                 pause *= 2
                 continue
             now = time.monotonic()
-            if self._failures.check([_FAILED]):
+            # Not if it has come meanwhile: then all are to fail together of what they have agreed on.
+            if self._failures.check([_FAILED]) and not self._store.check(keys):
                 rank, cause = json.loads(self._failures.get(_FAILED))
                 raise RankFailed(f"rank {rank} failed: {cause}")
             if self._leaving.is_set():

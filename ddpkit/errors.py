@@ -45,6 +45,10 @@ class Stalled(DdpkitError):
     """Some ranks wait, and others will not come; the message says who is where."""
 
 
+class NotFinite(DdpkitError):
+    """A loss or a gradient is infinite or not a number; the message says where, and the state before it is saved."""
+
+
 class NoProgress(DdpkitError):
     """A Slurm job has come back too often without getting any further, so it does not come back again."""
 

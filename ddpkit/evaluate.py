@@ -23,11 +23,10 @@ from torch.utils.data.distributed import DistributedSampler
 from ddpkit.errors import UserError
 from ddpkit.fetching import Fetcher, LoaderOptions, SeededDataset, SeededStream, collate_of
 from ddpkit.loader import Loader
-from ddpkit.model import is_sharded, share_buffers, unwrap
+from ddpkit.model import is_sharded, reshard, share_buffers, unwrap
 from ddpkit.permutation import derive
 from ddpkit.sampler import ElasticOrder, Pass, Plan
 from ddpkit.seeding import seed_generators
-from ddpkit.sharding import reshard
 from ddpkit.state import rng_state, set_rng_state
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.errors import UserError
+from ddpkit.unused import Replicated
 from ddpkit.world import World
 
 
@@ -40,7 +41,7 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
     if not any(parameter.requires_grad for parameter in module.parameters()):
         share_buffers(module, world, with_parameters=True)  # DDP takes no such module; this is what it would do
         return module
-    wrapped = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None, **ddp)
+    wrapped = Replicated(module, device_ids=[device.index] if device.type == "cuda" else None, **ddp)
     settle_buckets(wrapped)
     return wrapped
 
@@ -54,6 +55,14 @@ def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has spread the model, or a part of it; see `ddpkit.sharding`."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and where it was not, nothing is spread
     return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget whatever is still gathered from a forward pass that had no backward pass."""
+    if is_sharded(model):
+        for part in model.modules():
+            if callable(forget := getattr(part, "reshard", None)):
+                forget()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,11 @@ from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.shards import Sharded, fitted, fitted_optimizer, holds_spread, is_spread
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
-from ddpkit.errors import EXIT_STOPPED, UserError
+from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
 from ddpkit.loader import Loader
 from ddpkit.means import RankMeans
-from ddpkit.model import unwrap
+from ddpkit.model import unsynced, unwrap
+from ddpkit.nonfinite import Fault
 from ddpkit.permutation import derive
 from ddpkit.record import Recorder
 from ddpkit.sampler import Pass
@@ -64,6 +65,8 @@ class Progress:
     """Epochs completed, with the work that belongs to their ends."""
     evaluated: int = -1
     """The step of the newest evaluation."""
+    skipped: int = 0
+    """Steps in a row that were not taken since the newest one that was."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,20 @@ class Run:
             self.end_epoch(is_last=self.progress.epoch + 1 >= count)
         self.finish()
 
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Around a batch's forward and backward pass: gradients are averaged over the ranks in a step's last one only.
+
+        Without it they are averaged in each, which gives the same, later.
+        """
+        part = self._loader.current if self._loader is not None else None
+        with ExitStack() as stack:
+            if part is not None and not part.is_last:
+                for model in self._objects.values():
+                    if isinstance(model, nn.Module):
+                        stack.enter_context(unsynced(model))
+            yield
+
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass weighted by this rank's share, so that the gradient is the mean over the global batch.
 
@@ -235,14 +252,38 @@ class Run:
         ``weight`` is what this rank's values count for in their means; by default the samples of its last pass.
         """
         self.progress.step += 1
-        if self._loader is not None:
-            self.progress.samples = self._loader.consumed
-            self._counted = self._loader.current
+        self.progress.skipped = 0
+        self._note_samples()
         self._tell_step()
         if self.progress.step % self._log_every == 0:
             self._record_step(values, weight)
         if self._every_steps is not None and self.progress.step % self._every_steps == 0:
             self._save_is_due = True
+
+    def skip(self, fault: Fault, at_most: int = 20) -> None:
+        """In place of `step`, for one that was not taken because of ``fault``. Collective.
+
+        Its samples count, the step does not, and no schedule is to move on either.
+
+        Args:
+            fault: from `TrainStep`.
+            at_most: steps in a row that may be skipped.
+
+        Raises:
+            NotFinite: that were too many; the state before this step is saved.
+        """
+        self.let_go(fault, at_most)
+        self.boundary()
+
+    def let_go(self, fault: Fault, at_most: int) -> None:
+        """The first half of `skip`: count it, or end the run."""
+        if self.progress.skipped >= at_most:
+            self._end_before_step(fault)
+        self.progress.skipped += 1
+        self._note_samples()
+        self._rt.heartbeat.beat()
+        self._recorder.event("skipped", step=self.progress.step, cause=fault.text)
+        self._warn(f"step {self.progress.step + 1} was skipped: {fault.text}")
 
     def boundary(self, may_stop: bool = True) -> None:
         """The second half of `step`: save when due, stop when agreed."""
@@ -327,6 +368,24 @@ class Run:
         if is_done:
             self._rt.heartbeat.phase = "training"
 
+    def _note_samples(self) -> None:
+        if self._loader is not None:
+            self.progress.samples = self._loader.consumed
+            self._counted = self._loader.current
+
+    def _end_before_step(self, fault: Fault) -> NoReturn:
+        """Save the state from before the step under way, and fail, on all ranks alike."""
+        step, skipped = self.progress.step, self.progress.skipped
+        if self._loader is not None:
+            self._loader.take_back()
+        try:
+            self._save(must=True)
+            saved = f"the state before it, of step {step}, is saved"
+        except SaveFailed as error:
+            saved = f"the state before it could not be saved ({error})"
+        before = f", after {skipped} that were skipped" if skipped else ""
+        raise NotFinite(f"step {step + 1} cannot be taken{before}: {fault.text}. The update was not made; {saved}")
+
     def _tell_step(self) -> None:
         heartbeat = self._rt.heartbeat
         heartbeat.step = self.progress.step
@@ -402,7 +461,7 @@ class Run:
         self._check_same_objects(loaded)
         for name, item in self._objects.items():
             if isinstance(item, nn.Module):
-                load_model(name, unwrap(item), loaded)
+                load_state(name, unwrap(item), {**loaded.replicated[name], **loaded.main[name]})
             elif isinstance(item, Optimizer):
                 _check_same_groups(name, item, loaded.replicated[name])
                 item.load_state_dict(fitted_optimizer(loaded.replicated[name], item))
@@ -469,9 +528,9 @@ def _check_objects(objects: Mapping[str, Any]) -> None:
             )
 
 
-def load_model(name: str, module: nn.Module, loaded: Loaded) -> None:
-    """Load a model, as it is spread over the ranks here, out of a checkpoint. Raises UserError if it does not fit."""
-    own, saved = module.state_dict(), {**loaded.replicated[name], **loaded.main[name]}
+def load_state(name: str, module: nn.Module, saved: dict[str, Any]) -> None:
+    """Load a module, as it is spread over the ranks here, from a checkpoint. Raises UserError if it does not fit."""
+    own = module.state_dict()
     _check_same_tensors(name, own, saved)
     module.load_state_dict(fitted(saved, own))
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
 from ddpkit import accelerated, launched, rendezvous, requeue, rollcall
@@ -33,12 +34,15 @@ from ddpkit.fetching import LoaderOptions
 from ddpkit.gathering import GatheringWatch
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.loader import Loader
+from ddpkit.nonfinite import Watch
 from ddpkit.permutation import derive
+from ddpkit.precision import Precision
 from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
 from ddpkit.sharding import Sharding, shard
 from ddpkit.stall import StallWatch
+from ddpkit.step import StepFunction, TrainStep
 from ddpkit.stop import Requests, StopVote
 from ddpkit.world import Allocation, World
 
@@ -200,6 +204,50 @@ class Runtime:
         if isinstance(prepared, DistributedDataParallel):
             models.settle_buckets(prepared)
         return prepared
+
+    def train_step(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        function: StepFunction,
+        *,
+        precision: str = "fp32",
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        log_grad_norm: bool = False,
+        looks_for_nonfinite: bool = True,
+    ) -> TrainStep:
+        """Make what takes optimizer steps: precision, accumulation, scaling, clipping and checks in the right order.
+
+        Call ``step.accumulate(batch, loader.current)`` for each batch, after the last one of a step
+        ``values = step.update()``, and then ``run.step(**values)``, or ``run.skip(step.fault)`` where there is one.
+
+        Args:
+            model: as `wrap` gave it.
+            optimizer: over its parameters.
+            function: ``(model, batch) -> loss | {"loss": mean, "weight": n (optional), other scalars}``.
+            precision: "fp32", "bf16" or "fp16", whose ``step.scaler`` belongs to the state of a run; or "bf16-true" or
+                "fp16-true", for a module converted by ``Precision.named(...).convert(module)`` before it was wrapped.
+            clip_grad_norm: the largest norm of the gradient.
+            clip_grad_value: the largest absolute value in it.
+            log_grad_norm: give the norm among the values also where it is not clipped.
+            looks_for_nonfinite: do not take a step whose loss or gradient is not finite on some rank.
+        """
+        watch = Watch(self.ranks, model, self.device) if looks_for_nonfinite else None
+        if self.is_main:
+            Precision.named(precision).warn_if_slow(self.device)
+        return TrainStep(
+            model,
+            optimizer,
+            function,
+            self.world,
+            self.device,
+            precision,
+            clip_grad_norm,
+            clip_grad_value,
+            log_grad_norm,
+            watch,
+        )
 
     def loader(
         self,

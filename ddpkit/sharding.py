@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from ddpkit.checkpoint.shards import is_spread
 from ddpkit.errors import UserError
-from ddpkit.model import check_has_shapes, is_sharded, retie, share, tied_names
+from ddpkit.model import check_has_shapes, retie, share, tied_names
 from ddpkit.yaml_files import nearest
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -93,33 +91,6 @@ def shard(module: nn.Module, device: torch.device, sharding: Sharding) -> nn.Mod
         except ValueError as error:
             raise UserError(f"fsdp2: {unit.name or 'the model'}: {error}") from error
     return module
-
-
-def reshard(model: nn.Module) -> None:
-    """Forget whatever is still gathered from a forward pass that had no backward pass."""
-    if is_sharded(model):
-        for part in model.modules():
-            if callable(forget := getattr(part, "reshard", None)):
-                forget()
-
-
-def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale the gradients down to a norm over all of them, whole ones and parts; returns what it was. Collective."""
-    parameters = list(parameters)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    spread = [gradient for gradient in gradients if is_spread(gradient)]
-    if not spread:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-    whole = [gradient for gradient in gradients if not is_spread(gradient)]
-    parts = [gradient.to_local() for gradient in spread]
-    # On the ranks' device: parts that are kept in the host's memory cannot be summed over GPUs from there.
-    square = get_total_norm(parts).double().square().to(spread[0].device_mesh.device_type)
-    dist.all_reduce(square)
-    norm = (square + get_total_norm(whole).double().square().to(square.device)).sqrt()
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    for gradient in (*parts, *whole):
-        gradient.mul_(scale.to(gradient.device, gradient.dtype))
-    return norm
 
 
 def _return_large_blocks() -> None:

@@ -7,16 +7,18 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import IterableDataset
 
-from ddpkit import factories
+from ddpkit import batch_size, ema, factories, scheduling
 from ddpkit.checkpoint.foreign import load_weights
 from ddpkit.checkpoint.listing import checkpoints_directory, has_any
 from ddpkit.checkpoint.store import CheckpointStore
@@ -26,8 +28,11 @@ from ddpkit.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StopRequested, U
 from ddpkit.evaluate import evaluate
 from ddpkit.fetching import LoaderOptions
 from ddpkit.loop import Evaluation, Saving, fit
-from ddpkit.model import unwrap
-from ddpkit.run import Attempt, load_model
+from ddpkit.optimizing import Group, parameter_groups, scale_for_batch, scale_learning_rates
+from ddpkit.parts import channels_last, freeze
+from ddpkit.precision import Precision, set_exactness
+from ddpkit.recompute import recompute_activations
+from ddpkit.run import Attempt, load_state
 from ddpkit.session import Runtime, choose_device
 from ddpkit.world import World
 
@@ -97,23 +102,25 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
 
     What the user's code does here may take long: between its parts a stop can take place.
     """
-    _set_determinism(config)
+    _set_exactness(config)
     rt.stop_before_the_run()
     module = _module(config)
     _load_first_weights(rt, config, module)
+    recompute_activations(module, config.model.activation_checkpointing, "model.activation_checkpointing")
     rt.stop_before_the_run()
     train_set = _dataset(config, "data.train")
     rt.stop_before_the_run()
     evaluation = _evaluation(rt, config)
-    if config.model.compile:
-        module.compile()
-    model = rt.wrap(module, sync_batchnorm=config.model.sync_batchnorm, **_spreading(config))
-    optimizer = _optimizer(config, module)
     data, options = config.data, _loader_options(rt, config.data.loader)
+    micro_batch_size = _micro_batch_size(rt, config, module, train_set, options)
+    if config.model.compile:
+        module.compile(**(config.model.compile if isinstance(config.model.compile, dict) else {}))
+    model, average = _wrapped(rt, config, module)
+    optimizer = _optimizer(config, module)
     loader = rt.loader(
         train_set,
         global_batch_size=data.global_batch_size,
-        micro_batch_size=data.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         shuffle=data.shuffle,
         drop_last=data.drop_last,
         sampler=_sampler(config),
@@ -132,14 +139,20 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
         loader=loader,
         optimizer=optimizer,
         step=_function(config.train.step, "train.step"),
-        scheduler=_scheduler(config, optimizer),
+        scheduler=scheduling.build(config.scheduler, optimizer) if config.scheduler else None,
         scheduler_interval=config.scheduler.interval if config.scheduler else "step",
+        scheduler_metric=config.scheduler.metric if config.scheduler else None,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
-        evaluation=evaluation,
+        evaluation=_in_batches_that_fit(config, evaluation, micro_batch_size),
         saving=Saving(saving.every_steps, saving.every_minutes, saving.keep, saving.max_failures, saving.asynchronous),
         precision=config.train.precision,
         clip_grad_norm=config.train.clip_grad_norm,
+        clip_grad_value=config.train.clip_grad_value,
+        log_grad_norm=config.train.log_grad_norm,
+        on_nonfinite=config.train.on_nonfinite,
+        max_skipped=config.train.max_skipped,
+        average=average,
         log_every=config.log_every,
         attempt=attempt,
     )
@@ -147,10 +160,13 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
 
 def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
     """Evaluate a checkpoint and print the result, one JSON line, on rank zero. Writes nothing. Collective."""
+    _set_exactness(config)
     evaluation = _evaluation(rt, config)
     if evaluation is None:
         raise UserError("data.eval: the config has no data.eval and train.eval_step, so there is nothing to evaluate")
-    module = _module(config)
+    name, module = "model", _module(config)
+    if evaluation.of_average and config.model.ema_decay is not None:
+        name, module = ema.NAME, ema.averaged(module, config.model.ema_decay).module
     # Whole where it fits, so that a rank without a sample in the last pass has nothing to do.
     model = rt.wrap(module, **_spreading(config)) if config.model.parallel == "fsdp2" else module.to(rt.device)
     directory = checkpoints_directory(Path(config.run_dir))
@@ -158,12 +174,15 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
     loaded = store.load_newest(step, read_only=True, into={"model": dict(model.named_parameters())})
     if loaded is None:
         raise UserError(f"{directory}: there is no checkpoint to evaluate yet")
-    load_model("model", unwrap(model), loaded)
+    state = {**loaded.replicated[name], **loaded.main[name]}
+    load_state("model", model, state if name == "model" else ema.weights_in(state))
+    evaluation = _in_batches_that_fit(config, evaluation, loaded.main["loader"].get("micro_batch_size"))
+    assert evaluation is not None  # it was there before
     values = evaluate(
         rt,
         model,
         evaluation.dataset,
-        evaluation.step,
+        Precision.named(config.train.precision).applied_to(evaluation.step, rt.device),
         batch_size=evaluation.batch_size,
         options=evaluation.options,
         metrics=evaluation.metrics,
@@ -172,17 +191,52 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
         print(json.dumps({"step": loaded.step, **values}), file=sys.stdout, flush=True)  # noqa: T201 - the result
 
 
-def _set_determinism(config: Config) -> None:
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+def _set_exactness(config: Config) -> None:
+    set_exactness(
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
+        cudnn_benchmark=config.cudnn.benchmark,
+        cudnn_deterministic=config.cudnn.deterministic,
+    )
 
 
 def _module(config: Config) -> nn.Module:
     with torch.device("meta") if config.model.fsdp2.meta_init else nullcontext():
         built = factories.build(config.model, key="model")
     module: nn.Module = factories.expect(built, nn.Module, "model.factory", "an nn.Module", ref=config.model.factory)
-    return module
+    freeze(module, config.model.freeze, "model.freeze")
+    if config.model.channels_last:
+        channels_last(module)
+    return Precision.named(config.train.precision).convert(module)
+
+
+def _micro_batch_size(
+    rt: Runtime, config: Config, module: nn.Module, train_set: Any, options: LoaderOptions
+) -> int | None:
+    """As the config has it; auto: that with which the run goes on, or else the largest that fits. Collective."""
+    if config.data.micro_batch_size != "auto":
+        return config.data.micro_batch_size
+    share = -(-config.data.global_batch_size // rt.world_size)
+    known = batch_size.remembered(Path(config.run_dir), rt.world_size) if rt.is_main else None
+    known = rt.ranks.decide("size of micro batches", known)
+    if known is not None:
+        return min(int(known), share)
+    sizes = [each.nbytes for each in module.parameters() if each.requires_grad]
+    in_buckets = rt.world_size > 1 and not config.model.ddp.gradient_as_bucket_view
+    trial = batch_size.Trial(
+        module,
+        partial(_optimizer, config),
+        _function(config.train.step, "train.step"),
+        train_set,
+        options,
+        rt.device,
+        config.train.precision,
+        extra_bytes=sum(sizes) * (in_buckets + (config.model.ema_decay is not None)),
+    )
+    found = batch_size.largest_that_fits(rt.ranks, rt.device, trial, share)
+    if rt.is_main:
+        log.info("data.micro_batch_size: %d of %d samples fit into memory at once", found, share)
+    return found
 
 
 def _spreading(config: Config) -> dict[str, Any]:
@@ -192,7 +246,21 @@ def _spreading(config: Config) -> dict[str, Any]:
         return {"parallel": "accelerate", "config": model.accelerate_config}
     if model.parallel == "fsdp2":
         return {"parallel": "fsdp2", **model.fsdp2.model_dump(exclude={"meta_init"})}
-    return {}
+    return {name: value for name, value in dict(model.ddp).items() if value is not None}
+
+
+def _wrapped(rt: Runtime, config: Config, module: nn.Module) -> tuple[nn.Module, AveragedModel | None]:
+    """The model on all ranks, and the average of its weights, if there is to be one. Collective."""
+    decay, options = config.model.ema_decay, {"sync_batchnorm": config.model.sync_batchnorm, **_spreading(config)}
+    if decay is None:
+        return rt.wrap(module, **options), None
+    if config.model.parallel != "fsdp2":
+        model = rt.wrap(module, **options)
+        return model, ema.averaged(model, decay)
+    average = ema.averaged(module, decay)  # a copy, which cannot be made of a model that is spread already
+    model = rt.wrap(module, **options)
+    average.module = rt.wrap(average.module, **options)
+    return model, average
 
 
 def _load_first_weights(rt: Runtime, config: Config, module: nn.Module) -> None:
@@ -233,16 +301,25 @@ def _dataset(config: Config, key: str) -> Any:
 def _evaluation(rt: Runtime, config: Config) -> Evaluation | None:
     if config.data.eval is None or config.train.eval_step is None:
         return None
-    every = config.train.eval_every
+    every, micro = config.train.eval_every, config.data.micro_batch_size
     share = -(-config.data.global_batch_size // rt.world_size)
     return Evaluation(
         dataset=_dataset(config, "data.eval"),
         step=_function(config.train.eval_step, "train.eval_step"),
-        batch_size=config.data.eval_batch_size or config.data.micro_batch_size or share,
+        batch_size=config.data.eval_batch_size or (micro if isinstance(micro, int) else share),
         every_epochs=None if isinstance(every, Steps) else every,
         every_steps=every.steps if isinstance(every, Steps) else None,
         options=_loader_options(rt, config.data.loader),
         metrics=_metrics(config),
+        of_average=config.train.eval_ema,
+    )
+
+
+def _in_batches_that_fit(config: Config, evaluation: Evaluation | None, size: int | None) -> Evaluation | None:
+    """With batches no larger than those that were found to fit, where the config leaves both open."""
+    is_open = config.data.micro_batch_size == "auto" and config.data.eval_batch_size is None
+    return (
+        replace(evaluation, batch_size=size) if evaluation is not None and size is not None and is_open else evaluation
     )
 
 
@@ -258,40 +335,17 @@ def _metrics(config: Config) -> dict[str, Any] | None:
 
 
 def _optimizer(config: Config, module: nn.Module) -> Optimizer:
-    built = factories.build(config.optimizer, _parameter_groups(config, module), key="optimizer")
+    settings = config.optimizer
+    named = [Group(group.params, group.modules, group.args) for group in settings.groups]
+    groups = parameter_groups(module, named, no_decay=settings.no_decay, key="optimizer.groups")
+    built = factories.build(settings, groups, key="optimizer")
     optimizer: Optimizer = factories.expect(
-        built, Optimizer, "optimizer.factory", "a torch.optim.Optimizer", ref=config.optimizer.factory
+        built, Optimizer, "optimizer.factory", "a torch.optim.Optimizer", ref=settings.factory
     )
+    if (scale := settings.scale_lr) is not None:
+        factor = scale_for_batch(scale.rule, config.data.global_batch_size, scale.batch_size)
+        scale_learning_rates(optimizer, factor)
     return optimizer
-
-
-def _parameter_groups(config: Config, module: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters by the first group whose pattern has their name; the rest come last."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not named:
-        raise ConfigError(f"model.factory: {config.model.factory} has no parameter to train")
-    groups = []
-    for index, group in enumerate(config.optimizer.groups):
-        names = [name for name in named if any(fnmatchcase(name, pattern) for pattern in group.params)]
-        if not names:
-            raise ConfigError(
-                f"optimizer.groups.{index}.params: {', '.join(group.params)} names no trainable parameter that an "
-                f"earlier group has not taken; the model has {', '.join(list(named)[:8])}, ..."
-            )
-        groups.append({"params": [named.pop(name) for name in names], **group.args})
-    return [*groups, {"params": list(named.values())}] if named else groups
-
-
-def _scheduler(config: Config, optimizer: Optimizer) -> Any:
-    if config.scheduler is None:
-        return None
-    scheduler = factories.build(config.scheduler, optimizer, key="scheduler")
-    if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict")):
-        raise ConfigError(
-            f"scheduler.factory: {config.scheduler.factory} returned {type(scheduler).__name__}; a scheduler is "
-            "needed: step, state_dict and load_state_dict"
-        )
-    return scheduler
 
 
 def _sampler(config: Config) -> Any:

@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("eval", help="evaluate a checkpoint, exactly, on any number of ranks")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    evaluate.add_argument("--ema", action="store_true", help="of the moving average of the weights")
     _add_overrides(evaluate)
     _add_launching(evaluate)
     evaluate.set_defaults(command="evaluate")
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out", type=Path, metavar="OUT")
     export.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights (model.ema_decay)")
     export.set_defaults(command="export")
 
     doctor = verbs.add_parser("doctor", help="what this environment is, and whether ranks can talk in it")

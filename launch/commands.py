@@ -106,6 +106,8 @@ def evaluate(arguments: Namespace) -> int:
     if not stored.is_file():
         raise UserError(f"{arguments.run_dir}: there is no config.yaml in it; `ddpkit run` makes a run directory")
     overrides = [f"run_dir={arguments.run_dir}", *_overrides(arguments)]
+    if arguments.ema:
+        overrides.append("train.eval_ema=true")
     config = configs.load(stored, overrides)
     _check_references(config)
     if listing.intact_newest(arguments.run_dir) is None:
@@ -135,7 +137,7 @@ def export(arguments: Namespace) -> int:
     """`ddpkit export`: the model alone, in a format that other programs read."""
     from .export import write_model  # with torch, only here
 
-    write_model(arguments.run_dir, arguments.out, arguments.step)
+    write_model(arguments.run_dir, arguments.out, arguments.step, averaged=arguments.ema)
     return EXIT_DONE
 
 

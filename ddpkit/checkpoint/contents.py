@@ -186,30 +186,32 @@ def read(directory: Path, found: Manifest, rank: int, into: Targets) -> Loaded:
     )
 
 
-def load_model_tensors(directory: Path) -> dict[str, Tensor]:
+def load_model_tensors(directory: Path, name: str = "model") -> dict[str, Tensor]:
     """The model's state_dict, for export, out of the checkpoint in ``directory``; only its tensors are read.
 
-    It is the entry "model" of the replicated state (parameters) with the entry "model" of the main state
-    (buffers), in the order of the list "model_keys" of the main state (the keys of the state_dict); without
+    It is the entry ``name`` of the replicated state (parameters) with the entry ``name`` of the main state
+    (buffers), in the order of the list "{name}_keys" of the main state (the keys of the state_dict); without
     that list, parameters come first. Tied entries are one tensor object. Verifies the checkpoint.
-    Raises BrokenCheckpoint; also when there is no such entry.
+    Raises BrokenCheckpoint, also when there is no model; KeyError when the run kept nothing else of this name.
     """
     found = manifest.verify(directory)
+    main = _shared(directory, found, "main")
+    if name != "model" and not (isinstance(main, dict) and name in main):
+        raise KeyError(name)
     entries: dict[str, Tensor] = {}
     for group, is_file in (("replicated", _REPLICATED.fullmatch), ("main", _MAIN.__eq__)):
         skeleton = _shared(directory, found, group)
-        model = skeleton.get("model", {}) if isinstance(skeleton, dict) else {}
+        model = skeleton.get(name, {}) if isinstance(skeleton, dict) else {}
         wanted = set(tensor_names(model))
         files = [proof.name for proof in found.files if is_file(proof.name)]
         tensors = _read_files(directory, files, wanted)
         entries.update(fitted(_unpack(directory, model, tensors, ShardFiles(directory)), None))
-    main = _shared(directory, found, "main")
     order = list(entries)
-    if isinstance(main, dict) and "model_keys" in main:
-        order = _unpack(directory, main["model_keys"], {})
+    if isinstance(main, dict) and f"{name}_keys" in main:
+        order = _unpack(directory, main[f"{name}_keys"], {})
     if not entries or set(order) != set(entries):
         raise BrokenCheckpoint(f"{directory}: expected a model with the entries {order}, found {list(entries)}")
-    return {name: entries[name] for name in order}
+    return {key: entries[key] for key in order}
 
 
 def _share(tensors: dict[str, Tensor], world_size: int) -> list[list[str]]:

@@ -14,6 +14,7 @@ from ddpkit.checkpoint.contents import load_model_tensors
 from tests import toy
 from tests.resume.faults import Fault, pending, plan
 from tests.resume.runs import assert_same_end, cli, last_checkpoint, metrics, shell, start, to_the_end, tree
+from tests.resume.test_training_state import planted_tree
 
 SHARDED: dict[str, Any] = {"model__parallel": "fsdp2", "model__fsdp2": {"layers": ["Linear"]}}
 
@@ -68,6 +69,22 @@ def test_killed_on_two_ranks_it_goes_on_with_three_and_in_one_piece(
     assert cli(capsys, "export", str(run_dir), str(tmp_path / "model.safetensors")).code == 0
     model = toy.model(dtype="float64", batchnorm=False)
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+
+def test_a_nan_on_one_rank_stops_all_and_is_traced(tmp_path: Path) -> None:
+    config = planted_tree(tmp_path / "run", [22], model__parallel="fsdp2", model__fsdp2={"layers": ["Linear"]})
+    end = start(config, 2, errors=True)
+    assert end.startswith("NotFinite: step 3 cannot be taken: the loss is nan on rank 1"), end
+    assert "it appeared first in the forward pass of 1 (FSDPTrip)" in end or "forward pass of 1 (Trip)" in end, end
+    assert last_checkpoint(tmp_path / "run").name == "step-00000002"
+    skipping = planted_tree(
+        tmp_path / "run",
+        [22],
+        train__on_nonfinite="skip",
+        model__parallel="fsdp2",
+        model__fsdp2={"layers": ["Linear"]},
+    )
+    assert start(skipping, 2, attempt=1) == "done"
 
 
 @pytest.mark.slow
