@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpkit.batch_size import largest_that_fits
+    from ddpkit.checkpoint.foreign import Weights, load_weights
     from ddpkit.ema import averaged
     from ddpkit.errors import DdpkitError, NotFinite, StopRequested, UserError
     from ddpkit.loop import Evaluation, Saving, fit
@@ -30,12 +31,14 @@ __all__ = [
     "Saving",
     "StopRequested",
     "UserError",
+    "Weights",
     "World",
     "averaged",
     "channels_last",
     "fit",
     "freeze",
     "largest_that_fits",
+    "load_weights",
     "parameter_groups",
     "recompute_activations",
     "runtime",
@@ -51,7 +54,9 @@ _HOMES = {
     "averaged": "ema",
     "Evaluation": "loop",
     "Saving": "loop",
+    "Weights": "checkpoint.foreign",
     "fit": "loop",
+    "load_weights": "checkpoint.foreign",
     "Group": "optimizing",
     "parameter_groups": "optimizing",
     "channels_last": "parts",

@@ -8,7 +8,8 @@ import inspect
 import itertools
 import operator
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from ddpkit import references, yaml_files
 from ddpkit.errors import ConfigError
 from ddpkit.explain import NestedProblems, brief, explain, shown
+from ddpkit.world import environment
 from ddpkit.yaml_files import KeyPath, Located, dotted
 
 # ---------------------------------------------------------------------- the kinds of values
@@ -41,6 +43,18 @@ def _is_range(text: str) -> str:
     if not (colon and fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most) < 2**31):
         raise ValueError(f"expected an integer of at least 1 or a range such as '2:4', got {shown(text)}")
     return text
+
+
+def _substitutable(rename: dict[str, str]) -> dict[str, str]:
+    problems: list[tuple[KeyPath, str]] = []
+    for pattern, replacement in rename.items():
+        try:
+            re.compile(pattern).sub(replacement, "")
+        except (re.error, IndexError) as error:
+            problems.append(((pattern,), f"{pattern!r} -> {replacement!r} cannot be substituted: {error}"))
+    if problems:
+        raise NestedProblems(problems)
+    return rename
 
 
 def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -173,20 +187,42 @@ def node_range(nnodes: int | str) -> tuple[int, int]:
 
 
 class InitFrom(Section):
-    """Weights to start from, out of a checkpoint that is not ddpkit's."""
+    """Weights to start from, out of a checkpoint that is not ddpkit's. A run that goes on has its own."""
 
-    path: str
-    """The file."""
+    path: Annotated[str, AfterValidator(_usable_path)]
+    """The file: safetensors if it ends in .safetensors, else one of `torch.save` (.pt, .pth, .bin, .ckpt)."""
     key: str | None = None
-    """Where in the file the state dict is; null: it is the file."""
+    """Where in the file the state dict is, dots leading further in; null: it is the file."""
     strip_prefix: str | None = None
-    """A prefix to take off the names in it."""
-    rename: dict[str, str] = {}
-    """Other names for names in it."""
+    """A prefix to take off the names in it. What torch's wrappers have added (`module.`, `_orig_mod.`) goes anyway."""
+    rename: Annotated[dict[str, str], AfterValidator(_substitutable)] = {}
+    """Regular expressions, and what takes the place of what they find in its names; one after the other."""
     strict: bool = True
     """Whether each name must be there, and none besides."""
     skip_mismatched: bool = False
     """Whether a tensor of another shape is left out instead of refused."""
+
+
+Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
+
+
+class Fsdp2(Section):
+    """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`."""
+
+    layers: tuple[str, ...] = _list()
+    """Class names, or patterns of module names, of what is gathered and forgotten as a unit: a transformer's blocks,
+    say. Without any, the whole model is."""
+    param_dtype: Precision | None = None
+    """What layers compute in; null: what the parameters are in."""
+    reduce_dtype: Precision | None = None
+    """What gradients are summed in over the ranks; null: as they come."""
+    reshard_after_forward: bool = True
+    """Whether a unit is forgotten between its forward and its backward pass; false takes memory and saves time."""
+    cpu_offload: bool = False
+    """Whether each rank's part, its gradients and its optimizer state are kept in the host's memory."""
+    meta_init: bool = False
+    """Whether `factory` runs under `torch.device("meta")`: no rank ever holds the whole model, whose first values come
+    from its modules' `reset_parameters`."""
 
 
 class Ddp(Section):
@@ -208,7 +244,12 @@ class Model(Factory):
     sync_batchnorm: bool = True
     """Whether batch normalisation takes its statistics over the batches of all ranks."""
     parallel: Literal["ddp", "fsdp2", "accelerate"] = "ddp"
-    """How the model is spread over the ranks."""
+    """ddp: each rank has all of it. fsdp2: each rank has a part, for models that are too large for one. accelerate: as
+    a file of `accelerate config` says."""
+    fsdp2: Fsdp2 = Fsdp2()
+    """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`."""
+    accelerate_config: Annotated[str, AfterValidator(_usable_path)] | None = None
+    """A file of `accelerate config`, for `parallel: accelerate`; null: accelerate's defaults."""
     ddp: Ddp = Ddp()
     """Options of `DistributedDataParallel`, by torch's names."""
     compile: bool | dict[str, JsonValue] = False
@@ -422,17 +463,23 @@ class Config(Section):
 # ---------------------------------------------------------------------- in and out
 
 
-def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Config:
     """Read a config file with its ``defaults``, apply ``key.path=value`` overrides, check all of it.
 
-    The value of an override is YAML; a number in its key path is the index into a list (``trackers.0``).
+    The value of an override is YAML; a number in its key path is the index into a list (``trackers.0``). With the
+    name of a group of ``defaults`` as its key (``model=resnet``), it says which file of the group is meant.
+    ``${env:NAME}`` in a value is what the variable holds in ``env``, by default this process's environment.
 
     Raises ``ConfigError`` with all problems, one a line, each with its file and line (or override) and key
     path; also for what the tree allows and this version does not do (``unsupported``).
     """
-    tree = yaml_files.read(path)
-    for override in overrides:
-        tree = _overridden(tree, override)
+    env = environment() if env is None else env
+    given = [_parsed(override, env) for override in overrides]
+    choices = yaml_files.Choices({key: value for key, value in given if isinstance(value.value, str)})
+    tree = yaml_files.read(path, env, choices)
+    for key, value in given:
+        if not (key in choices.used and isinstance(value.value, str)):
+            tree = yaml_files.replace_at(tree, key.split("."), value)
     config = _checked(tree.plain(), tree, Config)
     refused = [f"{tree.place_of(key)}: {line}" for key, line in _not_built(config)]
     if refused:
@@ -450,8 +497,8 @@ def load_launch(overrides: Sequence[str]) -> Launch:
     Raises ``ConfigError`` as ``load`` does.
     """
     tree = yaml_files.parse("launch: {}", "the defaults", numbered=False)
-    for override in overrides:
-        tree = _overridden(tree, override)
+    for key, value in (_parsed(override, environment()) for override in overrides):
+        tree = yaml_files.replace_at(tree, key.split("."), value)
     alone = _checked(tree.plain(), tree, _LaunchAlone)
     refused = [f"{tree.place_of(key)}: {line}" for key, line in _not_built(alone) if key[0] == "launch"]
     if refused:
@@ -483,7 +530,7 @@ def to_tree(config: Config) -> dict[str, JsonValue]:
 
 def dump(config: Config) -> str:
     """Give the config as YAML, complete with defaults, that ``load`` reads back to an equal one."""
-    return yaml_files.dump(to_tree(config))
+    return yaml_files.dump(yaml_files.escaped(to_tree(config)))
 
 
 def schema() -> dict[str, Any]:
@@ -521,14 +568,13 @@ def is_reference(value: JsonValue) -> TypeGuard[dict[str, JsonValue]]:
     return isinstance(value, dict) and value.keys() == {"ref"}
 
 
-def _overridden(tree: Located, override: str) -> Located:
+def _parsed(override: str, env: Mapping[str, str]) -> tuple[str, Located]:
     place = f"-o {override if len(override) <= 80 else override[:77] + '...'}"
     key, equals, text = override.partition("=")
-    path = key.strip().split(".")
-    if not (equals and all(path)):
+    key = key.strip()
+    if not (equals and all(key.split("."))):
         raise ConfigError(f"{place}: expected key.path=value, such as optimizer.args.lr=0.1")
-    value = yaml_files.parse(text, place, numbered=False)
-    return yaml_files.replace_at(tree, path, value)
+    return key, yaml_files.parse(text, place, numbered=False, env=env)
 
 
 # ---------------------------------------------------------------------- what this version does not do yet
@@ -548,8 +594,6 @@ class _NotBuilt:
 
 
 _NOT_BUILT = (
-    _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
-    _NotBuilt("model.init_from", (None,), "leave it out and load the weights in model.factory"),
     _NotBuilt("train.callbacks", ((),), "leave it out"),
     _NotBuilt("checkpoint.best", (None,), "leave it out"),
     _NotBuilt("trackers", ((),), "leave it out; metrics.jsonl has every value"),
@@ -598,6 +642,10 @@ class Difference:
 
 _FREE_TO_CHANGE = (
     "launch",
+    "model.fsdp2.layers",
+    "model.fsdp2.reshard_after_forward",
+    "model.fsdp2.cpu_offload",
+    "model.fsdp2.meta_init",
     "data.loader",
     "data.micro_batch_size",
     "data.eval_batch_size",
@@ -681,6 +729,7 @@ def _not_plain(value: object, path: KeyPath) -> Iterator[_Problem]:
 
 def _contradictions(tree: JsonValue) -> Iterator[_Problem]:
     """Keys that do not go together. On the bare tree, so that they are told along with all other problems."""
+    yield from _contradictions_of_the_model(tree)
     yield from _unclear_lengths(tree)
     for one, other, sentence in _AT_ODDS:
         if _given(tree, one) and _given(tree, other):
@@ -727,3 +776,36 @@ def _value(tree: JsonValue, key: str) -> JsonValue:
     for name in key.split("."):
         tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
+
+
+def _contradictions_of_the_model(tree: JsonValue) -> Iterator[_Problem]:
+    path = _value(tree, "model.init_from.path")
+    if str(path).endswith(".safetensors") and _value(tree, "model.init_from.key") is not None:
+        yield _Problem(("model", "init_from", "key"), "a safetensors file is one state dict; leave it out")
+    parallel = _value(tree, "model.parallel") or "ddp"
+    belongs_to: tuple[tuple[str, str, Section | None], ...] = (
+        ("ddp", "ddp", Ddp()),
+        ("fsdp2", "fsdp2", Fsdp2()),
+        ("accelerate_config", "accelerate", None),
+    )
+    for key, way, defaults in belongs_to:
+        if parallel != way and _differs(_value(tree, f"model.{key}"), defaults):
+            yield _Problem(("model", key), f"it is for model.parallel: {way}; choose that, or leave it out")
+    if parallel != "fsdp2":
+        return
+    if _value(tree, "model.fsdp2.cpu_offload") is True and _value(tree, "train.precision") == "fp16":
+        sentence = "not with train.precision: fp16, whose scaling needs the gradients on the GPU; choose bf16"
+        yield _Problem(("model", "fsdp2", "cpu_offload"), sentence)
+    if _value(tree, "data.micro_batch_size") == "auto":
+        sentence = (
+            "auto: not with model.parallel: fsdp2, which a trial on each rank for itself says nothing of; give a number"
+        )
+        yield _Problem(("data", "micro_batch_size"), sentence)
+
+
+def _differs(given: JsonValue, defaults: Section | None) -> bool:
+    """Whether a value was set to something else than it is by default."""
+    if defaults is None:
+        return given is not None
+    usual = defaults.model_dump(mode="json")
+    return isinstance(given, dict) and {**usual, **given} != usual

@@ -23,7 +23,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ddpkit.errors import UserError
 from ddpkit.fetching import Fetcher, LoaderOptions, SeededDataset, SeededStream, collate_of
 from ddpkit.loader import Loader
-from ddpkit.model import share_buffers, unwrap
+from ddpkit.model import is_sharded, reshard, share_buffers, unwrap
 from ddpkit.permutation import derive
 from ddpkit.sampler import ElasticOrder, Pass, Plan
 from ddpkit.seeding import seed_generators
@@ -82,6 +82,7 @@ def evaluate(
     """
     module = unwrap(model)
     share_buffers(module, rt.world)
+    gathers = is_sharded(module)  # in each pass, from all ranks: each has to make as many
     tally = _MetricObjects(metrics, rt) if metrics is not None else _Means()
 
     def stop(ask: Callable[[], str | None]) -> None:
@@ -97,8 +98,23 @@ def evaluate(
                 count, length = count + part.size, part.batch_stop
                 if part.size:
                     tally.add(eval_step(module, _to(batch, rt.device)), part.size)
+                elif gathers:
+                    _take_part(eval_step, module, _to(batch, rt.device), rt.rank)
+        reshard(module)
         stop(rt.stop.poll)  # nobody may leave a wait for the stream's end while others are in what follows
         return tally.result(rt, _counts(rt, count, length))
+
+
+def _take_part(eval_step: EvalStep, module: nn.Module, batch: Any, rank: int) -> None:
+    """A pass in which this rank has no sample: with a batch of length zero, for the sake of the others. Collective."""
+    try:
+        eval_step(module, batch)
+    except Exception as error:
+        raise UserError(
+            f"train.eval_step: rank {rank} has no sample in the last pass, and the step cannot take a batch of length "
+            f"zero ({type(error).__name__}: {error}), which it has to: with FSDP2 all ranks compute together. Choose "
+            "another data.eval_batch_size, or a step that takes it."
+        ) from error
 
 
 def _counts(rt: Runtime, count: int, length: int) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -36,7 +37,7 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
     module = module.to(device)
     if world.world_size == 1:
         return module
-    _check_has_shapes(module)
+    check_has_shapes(module)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         share_buffers(module, world, with_parameters=True)  # DDP takes no such module; this is what it would do
         return module
@@ -50,9 +51,34 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
-def unsynced(model: nn.Module) -> AbstractContextManager[None]:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has spread the model, or a part of it; see `ddpkit.sharding`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and where it was not, nothing is spread
+    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in model.modules())
+
+
+def reshard(model: nn.Module) -> None:
+    """Forget whatever is still gathered from a forward pass that had no backward pass."""
+    if is_sharded(model):
+        for part in model.modules():
+            if callable(forget := getattr(part, "reshard", None)):
+                forget()
+
+
+@contextmanager
+def unsynced(model: nn.Module) -> Iterator[None]:
     """The context for passes after which gradients stay on their rank, to be summed up to those of the last one."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]  # FSDPModule's
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    else:
+        yield
 
 
 def release(wrapped: nn.Module) -> None:
@@ -112,12 +138,13 @@ class _Stub(nn.Module):
         return (parameter.sum() * 0).double()
 
 
-def _check_has_shapes(module: nn.Module) -> None:
+def check_has_shapes(module: nn.Module) -> None:
+    """Raise UserError for a model whose parameters have to see a batch first."""
     lazy = [name for name, parameter in module.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise UserError(
-            f"the model's parameters {', '.join(lazy[:5])} have no shapes yet (Lazy modules), which DDP needs: run one "
-            "batch through the model before it is wrapped, in model.factory, say"
+            f"the model's parameters {', '.join(lazy[:5])} have no shapes yet (Lazy modules), which they need to be "
+            "wrapped: run one batch through the model before, in model.factory, say"
         )
 
 
@@ -129,13 +156,30 @@ def share_buffers(module: nn.Module, world: World, *, with_parameters: bool = Fa
     """
     if world.world_size == 1:
         return
-    tensors = chain(module.parameters(), module.buffers()) if with_parameters else module.buffers()
-    for tensor in _distinct(tensors):
-        packed = tensor.detach().contiguous()  # what a broadcast needs
+    share(chain(module.parameters(), module.buffers()) if with_parameters else module.buffers())
+
+
+def share(tensors: Iterable[torch.Tensor], device: torch.device | None = None) -> None:
+    """Give every rank rank zero's values of these tensors, by way of ``device`` if they are elsewhere. Collective."""
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
+        packed = tensor.detach().to(device or tensor.device).contiguous()  # what a broadcast needs
         torch.distributed.broadcast(packed, 0)
         if packed.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(packed)
 
 
-def _distinct(tensors: Iterator[torch.Tensor]) -> list[torch.Tensor]:
-    return list({id(tensor): tensor for tensor in tensors}.values())
+def tied_names(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def retie(module: nn.Module, ties: list[list[str]], preferred: Container[str] = ()) -> None:
+    """Make each group of names one parameter again: the one that has a ``preferred`` name now, or the first name."""
+    for names in ties:
+        kept = module.get_parameter(next((name for name in names if name in preferred), names[0]))
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(attribute, kept)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from ddpkit.agree import Ranks
+from ddpkit.checkpoint.shards import is_spread
 from ddpkit.generators import HostGenerators
-from ddpkit.model import unsynced, unwrap
+from ddpkit.model import is_sharded, reshard, unsynced, unwrap
 from ddpkit.optimizing import are_finite
 from ddpkit.sampler import Pass
 
@@ -75,6 +76,7 @@ class Watch:
         self._ranks = ranks
         self._model = model
         self._module = unwrap(model)
+        self._is_sharded = is_sharded(model)
         self._buffers = _Buffers(self._module)
         self._generators = _Generators(device)
         self._passes: list[_Seen] = []
@@ -143,10 +145,13 @@ class Watch:
 
     def _run_again(self, function: Callable[[nn.Module, Any], Any], seen: _Seen, name: str) -> Finding | None:
         named = {name: value for name, value in self._module.named_parameters() if value.requires_grad}
+        if self._is_sharded:  # FSDP2 has no gradients but those that it takes for a step's
+            named = {}
         with unsynced(self._model), first_source(self._module) as source, torch.compiler.set_stance("force_eager"):
             loss = function(self._model, seen.batch)
             # Not by backward(), which would have DDP take the gradients for those of a step.
-            given = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            given = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if named else []
+        reshard(self._model)
         bad = [name for name, value in zip(named, given, strict=True) if value is not None and not are_finite([value])]
         is_finite = bool(torch.isfinite(loss))
         if is_finite and not bad:
@@ -309,6 +314,7 @@ class _Generators:
 
 
 def _is_bad(leaf: Any) -> bool:
+    leaf = leaf.to_local() if is_spread(leaf) else leaf  # this rank's part: nobody else is asking now
     is_real = isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
     return is_real and not bool(torch.isfinite(leaf.detach()).all())
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from ddpkit.checkpoint.shards import is_spread
 from ddpkit.errors import UserError
 from ddpkit.parts import chosen
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -84,22 +88,69 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients as one vector, as torch's ``clip_grad_norm_`` has it; also of sparse ones."""
-    return nn.utils.get_total_norm([_values(gradient) for gradient in gradients])
+    """The norm of all gradients as one vector, as torch's ``clip_grad_norm_`` has it; also of sparse ones.
+
+    Of gradients that FSDP2 has spread over the ranks, each has its part, and the sum of their squares is of all ranks:
+    collective then.
+    """
+    spread = [gradient for gradient in gradients if is_spread(gradient)]
+    if not spread:
+        return nn.utils.get_total_norm([_values(gradient) for gradient in gradients])
+    whole = [_values(gradient) for gradient in gradients if not is_spread(gradient)]
+    square = nn.utils.get_total_norm([_values(gradient) for gradient in spread]).double().square()
+    square = _summed(square, spread[0])
+    return (square + nn.utils.get_total_norm(whole).double().square().to(square.device)).sqrt()
 
 
 def are_finite(gradients: Sequence[Tensor], norm: Tensor | None = None) -> bool:
     """Whether no gradient has an infinite value or one that is not a number.
 
     Gradients that DDP has averaged are the same on all ranks, and one rank's NaN is in the average: so all ranks come
-    to the same answer, by themselves.
+    to the same answer, by themselves. Of those that FSDP2 has spread it is asked for: collective then.
     """
     norm = gradient_norm(gradients) if norm is None else norm
+    if math.isfinite(norm):
+        return True
     # A norm may be infinite of finite values: of those there is one look more.
-    return math.isfinite(norm) or all(bool(torch.isfinite(_values(gradient)).all()) for gradient in gradients)
+    is_fine = all(bool(torch.isfinite(_values(gradient)).all()) for gradient in gradients)
+    spread = [gradient for gradient in gradients if is_spread(gradient)]
+    return is_fine if not spread else bool(_summed(torch.tensor(float(not is_fine)), spread[0]) == 0)
+
+
+def clip_to_norm_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale the gradients, whose norm is ``norm`` (`gradient_norm`), down so that it is ``max_norm`` at most."""
+    whole, parts = _gradients(parameters)
+    nn.utils.clip_grads_with_norm_(whole, max_norm, norm)
+    if parts:
+        torch._foreach_mul_(parts, torch.clamp(max_norm / (norm + 1e-6), max=1.0).to(parts[0].device))
+
+
+def clip_values_(parameters: Iterable[Tensor], max_value: float) -> None:
+    """Cut the values of the gradients down to ``max_value``, and up to minus that."""
+    whole, parts = _gradients(parameters)
+    nn.utils.clip_grad_value_(whole, max_value)
+    for part in parts:
+        part.clamp_(-max_value, max_value)
+
+
+def _gradients(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters with gradients that are whole, and what this rank has of the others' gradients."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    whole = [parameter for parameter in with_gradient if not is_spread(parameter.grad)]
+    return whole, [parameter.grad.to_local() for parameter in with_gradient if is_spread(parameter.grad)]
+
+
+def _summed(value: Tensor, spread: DTensor) -> Tensor:
+    """The sum over ranks, on their device: also of parts that are kept in the host's memory. Collective."""
+    value = value.to(spread.device_mesh.device_type)
+    torch.distributed.all_reduce(value)
+    return value
 
 
 def _values(gradient: Tensor) -> Tensor:
+    """What this rank has of a gradient, as a dense tensor."""
+    if is_spread(gradient):
+        return gradient.to_local()
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ddpkit import requeue
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.listing import complete
+from ddpkit.checkpoint.shards import Sharded, fitted, fitted_optimizer, holds_spread, is_spread
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
 from ddpkit.loader import Loader
@@ -422,13 +423,15 @@ class Run:
                 module = unwrap(item)
                 parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
                 state = module.state_dict()
-                replicated[name] = {key: value for key, value in state.items() if key in parameters}
-                main[name] = {key: value for key, value in state.items() if key not in parameters}
+                shared = {key for key, value in state.items() if key in parameters or is_spread(value)}
+                replicated[name] = {key: value for key, value in state.items() if key in shared}
+                main[name] = {key: value for key, value in state.items() if key not in shared}
                 main[f"{name}_keys"] = list(state)  # the order of the whole, for export
             elif isinstance(item, Optimizer):
                 replicated[name] = item.state_dict()
             else:
-                main[name] = item.state_dict()
+                state = item.state_dict()
+                (replicated if holds_spread(state) else main)[name] = state
         return Snapshot(asdict(self.progress), replicated, main, own={"rng": rng_state(self._rt.device)})
 
     def _check_state(self) -> None:
@@ -458,15 +461,13 @@ class Run:
         self._check_same_objects(loaded)
         for name, item in self._objects.items():
             if isinstance(item, nn.Module):
-                module = unwrap(item)
-                state = {**loaded.replicated[name], **loaded.main[name]}
-                check_same_tensors(name, module.state_dict(), state)
-                module.load_state_dict(state)
+                load_state(name, unwrap(item), {**loaded.replicated[name], **loaded.main[name]})
             elif isinstance(item, Optimizer):
                 _check_same_groups(name, item, loaded.replicated[name])
-                item.load_state_dict(loaded.replicated[name])
+                item.load_state_dict(fitted_optimizer(loaded.replicated[name], item))
             else:
-                item.load_state_dict(loaded.main[name])
+                saved = loaded.replicated[name] if name in loaded.replicated else loaded.main[name]
+                item.load_state_dict(fitted(saved, item.state_dict()))
         self.progress = Progress(**loaded.progress)
         self._saver.restored(loaded.progress)
         self._rt.heartbeat.step = self.progress.step
@@ -527,7 +528,14 @@ def _check_objects(objects: Mapping[str, Any]) -> None:
             )
 
 
-def check_same_tensors(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+def load_state(name: str, module: nn.Module, saved: dict[str, Any]) -> None:
+    """Load a module, as it is spread over the ranks here, from a checkpoint. Raises UserError if it does not fit."""
+    own = module.state_dict()
+    _check_same_tensors(name, own, saved)
+    module.load_state_dict(fitted(saved, own))
+
+
+def _check_same_tensors(name: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     """Raise UserError, with the keys and shapes that differ, unless ``saved`` fits a model whose state is ``own``."""
     lines = [f"  {key}: in the model, not in the checkpoint" for key in own if key not in saved]
     lines += [f"  {key}: in the checkpoint, not in the model" for key in saved if key not in own]
@@ -536,7 +544,7 @@ def check_same_tensors(name: str, own: Mapping[str, Any], saved: Mapping[str, An
         for key, value in own.items()
         if key in saved
         and isinstance(value, torch.Tensor)
-        and isinstance(saved[key], torch.Tensor)
+        and isinstance(saved[key], (torch.Tensor, Sharded))
         and value.shape != saved[key].shape
     ]
     if lines:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,14 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
+from ddpkit import accelerated, launched, rendezvous, requeue, rollcall
 from ddpkit import evaluate as evaluation
-from ddpkit import launched, rendezvous, requeue, rollcall
 from ddpkit import model as models
 from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
+from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.checkpoint import listing as checkpoints
 from ddpkit.errors import NoProgress, StopRequested, UserError, is_orderly
 from ddpkit.fetching import LoaderOptions
@@ -37,6 +40,7 @@ from ddpkit.precision import Precision
 from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
+from ddpkit.sharding import Sharding, shard
 from ddpkit.stall import StallWatch
 from ddpkit.step import StepFunction, TrainStep
 from ddpkit.stop import Requests, StopVote
@@ -150,21 +154,56 @@ class Runtime:
         """Whether this is rank zero."""
         return self.world.is_main
 
-    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = True, **ddp: Any) -> nn.Module:
+    def wrap(
+        self, module: nn.Module, *, parallel: str = "ddp", sync_batchnorm: bool = True, **options: Any
+    ) -> nn.Module:
         """Move to the device, synchronise BatchNorm, wrap in DDP; from here the ranks' generators differ. Collective.
 
         Args:
             module: with the same parameters on all ranks; a model built after `runtime` began has them.
+            parallel: "ddp"; "fsdp2" for models that are too large for one rank, which spreads the module in place, so
+                make the optimizer afterwards; or "accelerate", which has Hugging Face's accelerate prepare it.
             sync_batchnorm: have BatchNorm layers see the batch of all ranks.
-            ddp: passed on to `torch.nn.parallel.DistributedDataParallel`.
+            options: for "ddp" what `torch.nn.parallel.DistributedDataParallel` takes; for "fsdp2" what
+                `ddpkit.sharding.Sharding` has (``layers=["Block"], param_dtype="bf16", ...``); for "accelerate" maybe
+                ``config="file.yaml"``, made by `accelerate config`.
         """
         self.stop_before_the_run()
-        wrapped = models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **ddp)
+        if parallel not in _WAYS:
+            raise UserError(f"wrap: parallel={parallel!r}; choose one of {', '.join(_WAYS)}")
+        wrapped = _WAYS[parallel](self, module, sync_batchnorm, **options)
         self._stack.callback(models.release, wrapped)
         if not self._has_own_stream:  # once: a second model must not have the same numbers drawn again
             seed_generators(derive(self.seed, "rank", self.rank))
             self._has_own_stream = True
         return wrapped
+
+    def _replicate(self, module: nn.Module, sync_batchnorm: bool, **options: Any) -> nn.Module:
+        return models.wrap(module, self.world, self.device, sync_batchnorm=sync_batchnorm, **options)
+
+    def _shard(self, module: nn.Module, sync_batchnorm: bool, **options: Any) -> nn.Module:
+        unknown = options.keys() - {field.name for field in fields(Sharding)}
+        if unknown:
+            known = ", ".join(field.name for field in fields(Sharding))
+            raise UserError(f"wrap: parallel='fsdp2' has no option {min(unknown)!r}; it has {known}")
+        sharding = Sharding(**options)
+        if not dist.is_initialized():
+            self._start_group()  # one process alone is spread over itself: it computes, offloads, ... as several would
+        if sync_batchnorm and self.world_size > 1:
+            module = convert_sync_batchnorm(module)
+        return shard(module, self.device, sharding)
+
+    def _accelerate(self, module: nn.Module, sync_batchnorm: bool, config: str | Path | None = None) -> nn.Module:
+        accelerated.read(config)
+        if self.world_size == 1:
+            return self._replicate(module, sync_batchnorm)
+        if sync_batchnorm:
+            module = convert_sync_batchnorm(module)
+        prepared = accelerated.prepare(module, self.device, self.world_size)
+        self._stack.callback(accelerated.release)
+        if isinstance(prepared, DistributedDataParallel):
+            models.settle_buckets(prepared)
+        return prepared
 
     def train_step(
         self,
@@ -489,6 +528,9 @@ class Runtime:
             raise UserError(
                 "a process group exists already: enter ddpkit.runtime() instead of calling init_process_group"
             )
+        self._start_group()
+
+    def _start_group(self) -> None:
         dist.init_process_group(
             self._backend,
             store=PrefixStore("group", self.store),
@@ -528,6 +570,13 @@ class Runtime:
             time.sleep(_TOLD_S)  # for the others to read it: the store ends with this process
         if rank != self.rank and is_consequence(error) and not isinstance(error, RankFailed):
             raise RankFailed(f"rank {rank} failed: {cause}") from error
+
+
+_WAYS: dict[str, Callable[..., nn.Module]] = {
+    "ddp": Runtime._replicate,
+    "fsdp2": Runtime._shard,
+    "accelerate": Runtime._accelerate,
+}
 
 
 def runtime(

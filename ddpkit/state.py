@@ -11,15 +11,19 @@ import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ddpkit.checkpoint.manifest import Json
+from ddpkit.checkpoint.shards import Layout, Sharded, ShardFiles, is_spread, layout_of, own_part
 from ddpkit.checkpoint.writer import STORED_DTYPES
 from ddpkit.errors import BrokenCheckpoint, StateError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _KIND = "!"
 _DEEPEST = 100  # levels; real states have fewer than ten, and JSON itself ends at about a thousand
@@ -40,7 +44,8 @@ def pack(tree: Any) -> tuple[Json, dict[str, Tensor]]:
     torch.device; NumPy scalars and arrays without object dtype (arrays come back in C order); dense tensors
     of any dtype, shape and strides.
 
-    A Parameter comes back as a plain tensor. Tensors that are the same view of the same memory are stored
+    A Parameter comes back as a plain tensor. Of a DTensor, this rank's part stands among the tensors; it comes back
+    as a `Sharded`, out of which any part can be read. Tensors that are the same view of the same memory are stored
     once and come back as one object; other sharing (overlapping views, one list twice) is not kept. Tensors
     are not copied where that can be avoided: write them before the state goes on changing.
     Raises StateError, naming the path, for anything else and for a structure that contains itself.
@@ -49,13 +54,14 @@ def pack(tree: Any) -> tuple[Json, dict[str, Tensor]]:
     return packer.pack(tree, ()), packer.tensors
 
 
-def unpack(skeleton: Json, tensors: Mapping[str, Tensor]) -> Any:
+def unpack(skeleton: Json, tensors: Mapping[str, Tensor], shards: ShardFiles | None = None) -> Any:
     """The tree that `pack` took apart; its tensors are those of ``tensors`` (on the CPU after a read).
 
+    ``shards`` has the parts of those that were spread over ranks; without it there must be none.
     Raises BrokenCheckpoint for a skeleton that `pack` cannot have made, or a tensor that is not there.
     """
     try:
-        return _Unpacker(tensors).unpack(skeleton)
+        return _Unpacker(tensors, shards).unpack(skeleton)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         # RecursionError is a RuntimeError, binascii.Error a ValueError.
         raise BrokenCheckpoint(f"the state does not fit together: {type(error).__name__}: {error}") from error
@@ -63,15 +69,25 @@ def unpack(skeleton: Json, tensors: Mapping[str, Tensor]) -> Any:
 
 def tensor_names(skeleton: Json) -> Iterator[str]:
     """The names of the tensors that `unpack` will ask for, in the order of the tree (tied ones repeat)."""
+    return (packed["name"] for packed in _tensors_in(skeleton) if packed[_KIND] != "sharded")
+
+
+def layouts(skeleton: Json) -> dict[str, tuple[Layout, torch.dtype]]:
+    """How the tensors lie over the ranks of which each rank has packed its part, and their types, by name."""
+    found = [packed for packed in _tensors_in(skeleton) if packed[_KIND] == "sharded"]
+    return {packed["name"]: (_layout(packed), _dtype(packed["dtype"])) for packed in found}
+
+
+def _tensors_in(skeleton: Json) -> Iterator[dict[str, Json]]:
     if isinstance(skeleton, list):
         for item in skeleton:
-            yield from tensor_names(item)
+            yield from _tensors_in(item)
     elif isinstance(skeleton, dict):
-        if skeleton.get(_KIND) in ("tensor", "ndarray"):
-            yield skeleton["name"]
+        if skeleton.get(_KIND) in ("tensor", "ndarray", "sharded"):
+            yield skeleton
         else:
             for item in skeleton.values():
-                yield from tensor_names(item)
+                yield from _tensors_in(item)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -112,7 +128,7 @@ class _Packer:
 
     def pack(self, value: Any, path: Path) -> Json:
         if isinstance(value, Tensor):
-            return self._tensor(value, path)
+            return self._spread(value, path) if is_spread(value) else self._tensor(value, path)
         if type(value) is np.ndarray:
             return self._array(value, path)
         pack_container = _CONTAINERS.get(type(value))
@@ -172,6 +188,29 @@ class _Packer:
                 name = self._add(plain.contiguous().reshape(-1).view(torch.uint8), path)
                 dtype = str(plain.dtype).removeprefix("torch.")
                 self._tied[key] = {_KIND: "tensor", "name": name, "dtype": dtype, "shape": list(plain.shape)}
+        return self._tied[key]
+
+    def _spread(self, tensor: DTensor, path: Path) -> Json:
+        """A DTensor: its layout, the same on all ranks, and this rank's part of it."""
+        try:
+            layout = layout_of(tensor)
+        except StateError as error:
+            raise StateError(f"{_at(path)}: {error}") from None
+        local = tensor.to_local().detach()
+        if all(split is None for split in layout.splits):
+            return self._tensor(local, path)  # each rank has all of it
+        # A part may be empty on one rank and not on another, and what is tied must be so on all.
+        key = ("spread", local.untyped_storage()._cdata, *_view_of(local)[1:], layout)
+        if key not in self._tied:
+            self._kept.append(local)
+            self._tied[key] = {
+                _KIND: "sharded",
+                "name": self._add(own_part(tensor), path),
+                "dtype": str(local.dtype).removeprefix("torch."),
+                "shape": list(layout.shape),
+                "mesh": list(layout.mesh),
+                "splits": list(layout.splits),
+            }
         return self._tied[key]
 
     def _array(self, array: np.ndarray[Any, Any], path: Path) -> Json:
@@ -304,8 +343,9 @@ def _at(path: Path) -> str:
 class _Unpacker:
     """One call of `unpack`: tied tensors come back as one object, also where they were stored as bytes."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], shards: ShardFiles | None = None) -> None:
         self._tensors = tensors
+        self._shards = shards
         self._tied: dict[str, Tensor] = {}
 
     def unpack(self, packed: Json) -> Any:
@@ -344,6 +384,11 @@ class _Unpacker:
                 tensor = tensor.view(_dtype(packed["dtype"])).reshape(packed["shape"])
             self._tied[name] = tensor
         return self._tied[name]
+
+    def sharded(self, packed: dict[str, Json]) -> Sharded:
+        if self._shards is None:
+            raise BrokenCheckpoint(f"the tensor {packed['name']!r} is spread over ranks, where none may be")
+        return Sharded(packed["name"], _layout(packed), _dtype(packed["dtype"]), self._shards)
 
     def array(self, packed: dict[str, Json]) -> np.ndarray[Any, Any]:
         raw = self.stored(packed["name"]).numpy()
@@ -386,9 +431,17 @@ _KINDS: dict[str, Callable[[_Unpacker, dict[str, Json]], Any]] = {
     "torch.dtype": lambda _, packed: _dtype(packed["name"]),
     "torch.device": lambda _, packed: torch.device(packed["name"]),
     "tensor": _Unpacker.tensor,
+    "sharded": _Unpacker.sharded,
     "ndarray": _Unpacker.array,
     "numpy": _Unpacker.scalar,
 }
+
+
+def _layout(packed: dict[str, Json]) -> Layout:
+    shape, mesh, splits = (tuple(packed[key]) for key in ("shape", "mesh", "splits"))
+    if len(mesh) != len(splits) or any(split is not None and split not in range(len(shape)) for split in splits):
+        raise BrokenCheckpoint(f"the state holds a tensor of shape {shape}, split along {splits} over {mesh} ranks")
+    return Layout(shape, mesh, splits)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ddpkit.errors import UserError
 from ddpkit.model import unsynced, unwrap
 from ddpkit.nonfinite import Fault, Watch, overflow
-from ddpkit.optimizing import are_finite, gradient_norm, learning_rates
+from ddpkit.optimizing import are_finite, clip_to_norm_, clip_values_, gradient_norm, learning_rates
 from ddpkit.precision import Precision
 from ddpkit.sampler import Pass
 from ddpkit.unused import check_all_reduced
@@ -145,9 +145,9 @@ class TrainStep:
             if self._clip_grad_norm is not None or self._log_grad_norm:
                 values["grad_norm"] = float(norm)
         if self._clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_grad_norm, norm)
+            clip_to_norm_(self._parameters.values(), self._clip_grad_norm, norm)
         if self._clip_grad_value is not None:
-            nn.utils.clip_grad_value_(self._parameters.values(), self._clip_grad_value)
+            clip_values_(self._parameters.values(), self._clip_grad_value)
         self.scaler.step(self._optimizer)
         self.scaler.update()
         self.fault = None

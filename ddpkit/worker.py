@@ -6,18 +6,21 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import IterableDataset
 
 from ddpkit import batch_size, ema, factories, scheduling
-from ddpkit.checkpoint.listing import checkpoints_directory
+from ddpkit.checkpoint.foreign import load_weights
+from ddpkit.checkpoint.listing import checkpoints_directory, has_any
 from ddpkit.checkpoint.store import CheckpointStore
 from ddpkit.config import Config, Steps, dump, from_tree
 from ddpkit.config import Loader as LoaderConfig
@@ -29,7 +32,7 @@ from ddpkit.optimizing import Group, parameter_groups, scale_for_batch, scale_le
 from ddpkit.parts import channels_last, freeze
 from ddpkit.precision import Precision, set_exactness
 from ddpkit.recompute import recompute_activations
-from ddpkit.run import Attempt, check_same_tensors
+from ddpkit.run import Attempt, load_state
 from ddpkit.session import Runtime, choose_device
 from ddpkit.world import World
 
@@ -102,6 +105,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
     _set_exactness(config)
     rt.stop_before_the_run()
     module = _module(config)
+    _load_first_weights(rt, config, module)
     recompute_activations(module, config.model.activation_checkpointing, "model.activation_checkpointing")
     rt.stop_before_the_run()
     train_set = _dataset(config, "data.train")
@@ -111,10 +115,8 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
     micro_batch_size = _micro_batch_size(rt, config, module, train_set, options)
     if config.model.compile:
         module.compile(**(config.model.compile if isinstance(config.model.compile, dict) else {}))
-    ddp = {name: value for name, value in dict(config.model.ddp).items() if value is not None}
-    model = rt.wrap(module, sync_batchnorm=config.model.sync_batchnorm, **ddp)
+    model, average = _wrapped(rt, config, module)
     optimizer = _optimizer(config, module)
-    decay = config.model.ema_decay
     loader = rt.loader(
         train_set,
         global_batch_size=data.global_batch_size,
@@ -150,7 +152,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
         log_grad_norm=config.train.log_grad_norm,
         on_nonfinite=config.train.on_nonfinite,
         max_skipped=config.train.max_skipped,
-        average=ema.averaged(model, decay) if decay is not None else None,
+        average=average,
         log_every=config.log_every,
         attempt=attempt,
     )
@@ -162,19 +164,18 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
     evaluation = _evaluation(rt, config)
     if evaluation is None:
         raise UserError("data.eval: the config has no data.eval and train.eval_step, so there is nothing to evaluate")
-    model = _module(config).to(rt.device)
+    name, module = "model", _module(config)
+    if evaluation.of_average and config.model.ema_decay is not None:
+        name, module = ema.NAME, ema.averaged(module, config.model.ema_decay).module
+    # Whole where it fits, so that a rank without a sample in the last pass has nothing to do.
+    model = rt.wrap(module, **_spreading(config)) if config.model.parallel == "fsdp2" else module.to(rt.device)
     directory = checkpoints_directory(Path(config.run_dir))
     store = CheckpointStore(directory, 1, rt.ranks, event=_ignore, warn=log.warning, fence=_ignore)
     loaded = store.load_newest(step, read_only=True, into={"model": dict(model.named_parameters())})
     if loaded is None:
         raise UserError(f"{directory}: there is no checkpoint to evaluate yet")
-    if evaluation.of_average and config.model.ema_decay is not None:
-        model = ema.averaged(model, config.model.ema_decay).module
-        state = ema.weights_in({**loaded.replicated[ema.NAME], **loaded.main[ema.NAME]})
-    else:
-        state = {**loaded.replicated["model"], **loaded.main["model"]}
-    check_same_tensors("model", model.state_dict(), state)
-    model.load_state_dict(state)
+    state = {**loaded.replicated[name], **loaded.main[name]}
+    load_state("model", model, state if name == "model" else ema.weights_in(state))
     evaluation = _in_batches_that_fit(config, evaluation, loaded.main["loader"].get("micro_batch_size"))
     assert evaluation is not None  # it was there before
     values = evaluate(
@@ -200,7 +201,8 @@ def _set_exactness(config: Config) -> None:
 
 
 def _module(config: Config) -> nn.Module:
-    built = factories.build(config.model, key="model")
+    with torch.device("meta") if config.model.fsdp2.meta_init else nullcontext():
+        built = factories.build(config.model, key="model")
     module: nn.Module = factories.expect(built, nn.Module, "model.factory", "an nn.Module", ref=config.model.factory)
     freeze(module, config.model.freeze, "model.freeze")
     if config.model.channels_last:
@@ -235,6 +237,51 @@ def _micro_batch_size(
     if rt.is_main:
         log.info("data.micro_batch_size: %d of %d samples fit into memory at once", found, share)
     return found
+
+
+def _spreading(config: Config) -> dict[str, Any]:
+    """How `Runtime.wrap` is to spread the model."""
+    model = config.model
+    if model.parallel == "accelerate":
+        return {"parallel": "accelerate", "config": model.accelerate_config}
+    if model.parallel == "fsdp2":
+        return {"parallel": "fsdp2", **model.fsdp2.model_dump(exclude={"meta_init"})}
+    return {name: value for name, value in dict(model.ddp).items() if value is not None}
+
+
+def _wrapped(rt: Runtime, config: Config, module: nn.Module) -> tuple[nn.Module, AveragedModel | None]:
+    """The model on all ranks, and the average of its weights, if there is to be one. Collective."""
+    decay, options = config.model.ema_decay, {"sync_batchnorm": config.model.sync_batchnorm, **_spreading(config)}
+    if decay is None:
+        return rt.wrap(module, **options), None
+    if config.model.parallel != "fsdp2":
+        model = rt.wrap(module, **options)
+        return model, ema.averaged(model, decay)
+    average = ema.averaged(module, decay)  # a copy, which cannot be made of a model that is spread already
+    model = rt.wrap(module, **options)
+    average.module = rt.wrap(average.module, **options)
+    return model, average
+
+
+def _load_first_weights(rt: Runtime, config: Config, module: nn.Module) -> None:
+    """What `model.init_from` asks for, in a run that begins: on rank zero, whose weights all get. Collective."""
+    init_from = config.model.init_from
+    if init_from is None:
+        return
+
+    def load() -> None:
+        if has_any(Path(config.run_dir)):
+            return
+        try:
+            found = load_weights(module, **dict(init_from))
+        except UserError as error:
+            raise UserError(f"model.init_from: {error}") from error
+        extra = [name for name in found.taken if name.endswith("_extra_state")]
+        if extra and rt.world_size > 1:
+            raise UserError(f"model.init_from: {extra[0]} is no tensor, and cannot be given to the other ranks")
+        log.info("model.init_from: %s", found)
+
+    rt.ranks.on_main("init_from", load)
 
 
 def _dataset(config: Config, key: str) -> Any:

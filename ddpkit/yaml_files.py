@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -31,6 +30,8 @@ Scalar: TypeAlias = bool | int | float | str | None
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = frozenset({"str", "int", "float", "bool", "null"})
 _WORDS_OF_YAML = frozenset({"null", "true", "false", "yes", "no", "on", "off", "y", "n"})
+_ENV = re.compile(r"(?:env|oc\.env):(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:,(?P<default>.*))?", re.DOTALL)
+_DOLLAR = re.compile(r"\\\$\{|\$\{(?P<inside>[^{}]*)\}|\$\{")  # \${ stands for ${ itself
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*(:[A-Za-z0-9_./-]+)*")
 
 
@@ -58,20 +59,39 @@ class Located:
         return self.place
 
 
-def read(path: str | os.PathLike[str]) -> Located:
+@dataclass
+class Choices:
+    """Names of files chosen from outside for the groups of ``defaults`` lists, and which groups there were."""
+
+    names: Mapping[str, Located]
+    used: set[str] = field(default_factory=set)
+
+    def of(self, group: str, name: Located) -> Located:
+        """The file's name for a group for which the ``defaults`` list says ``name``."""
+        if group not in self.names:
+            return name
+        self.used.add(group)
+        return self.names[group]
+
+
+def read(path: str | os.PathLike[str], env: Mapping[str, str] | None = None, choices: Choices | None = None) -> Located:
     """Read a file and the files that its ``defaults`` list names, merged.
 
     A string in ``defaults`` names a file beside this one (``base``: ``base.yaml``), merged at the root;
-    ``{group: name}`` merges ``group/name.yaml`` under the key ``group``; ``_self_`` is where this file's own
-    content is merged, by default after the others. Mappings merge deeply; anything else is replaced.
+    ``{group: name}`` merges ``group/name.yaml`` under the key ``group`` (``{a/b: name}``: under ``a.b``), null nothing;
+    ``_self_`` is where this file's own content is merged, by default after the others. Mappings merge deeply; anything
+    else is replaced. ``choices`` may name other files for the groups; ``env`` is as for ``parse``.
 
     Raises ``ConfigError`` for whatever is wrong with any of the files; no other exception.
     """
-    return _read(Path(path), "", (), itertools.count(1))
+    return _Files(env, choices or Choices({})).read(Path(path), "", ())
 
 
-def parse(text: str, name: str, *, numbered: bool = True) -> Located:
+def parse(text: str, name: str, *, numbered: bool = True, env: Mapping[str, str] | None = None) -> Located:
     """Parse one YAML document. ``name`` says in messages where it came from; ``numbered`` adds the line.
+
+    With ``env``, ``${env:NAME}`` and ``${oc.env:NAME,default}`` in values become what the variable holds: text where
+    they are quoted or stand amid other text, and else what YAML makes of it. ``\\${`` stands for ``${``.
 
     Raises ``ConfigError``, with all problems of one kind in one message; no other exception.
     """
@@ -102,7 +122,7 @@ def parse(text: str, name: str, *, numbered: bool = True) -> Located:
         raise ConfigError(f"{name}: not valid YAML ({error})") from None
     if node is None:
         return Located(None, name)
-    builder = _Builder(yaml, name, numbered)
+    builder = _Builder(yaml, name, numbered, env)
     built = builder.build(node, (), None)
     if builder.problems:
         raise ConfigError("\n".join(builder.problems))
@@ -150,6 +170,15 @@ def dump(tree: JsonValue) -> str:
     return f"{_inline(tree)}\n"
 
 
+def escaped(tree: JsonValue) -> JsonValue:
+    """The tree that ``parse`` with variables reads back as this one: each ``${`` in a value escaped."""
+    if isinstance(tree, dict):
+        return {key: escaped(child) for key, child in tree.items()}
+    if isinstance(tree, list):
+        return [escaped(child) for child in tree]
+    return tree.replace("${", "\\${") if isinstance(tree, str) else tree
+
+
 def nearest(word: str, words: Sequence[str], *, likeness: float = 0.6) -> str:
     """``"; did you mean 'x'?"`` with the word most like ``word``, or nothing where none is close."""
     close = difflib.get_close_matches(word, words, n=1, cutoff=likeness)
@@ -159,22 +188,68 @@ def nearest(word: str, words: Sequence[str], *, likeness: float = 0.6) -> str:
 # ---------------------------------------------------------------------- files and their defaults
 
 
-def _read(path: Path, asked_by: str, chain: tuple[Path, ...], files: Iterator[int]) -> Located:
-    _refuse_cycle(path, asked_by, chain)
-    if next(files) > MAX_FILES:
-        raise ConfigError(f"{asked_by}more than {MAX_FILES} files are read through defaults")
-    own = parse(_text(path, asked_by), str(path))
-    if own.value is None:
-        raise ConfigError(f"{path}: empty; a config is a mapping of keys to values")
-    if not isinstance(own.value, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, and this is {_kind(own.value)}")
-    content = Located({key: child for key, child in own.value.items() if key != "defaults"}, own.place)
-    if "defaults" not in own.value:
-        return content
-    merged = Located({}, own.place)
-    for part in _parts(path, own.value["defaults"], content, (*chain, path), files):
-        merged = merge(merged, part)
-    return Located(merged.value, own.place)
+class _Files:
+    """One call of ``read``: how many files it has come to."""
+
+    def __init__(self, env: Mapping[str, str] | None, choices: Choices) -> None:
+        self._env = env
+        self._choices = choices
+        self._count = 0
+
+    def read(self, path: Path, asked_by: str, chain: tuple[Path, ...], group: str = "") -> Located:
+        """A file with its defaults; ``group`` is where it is merged, as a prefix of the groups in it."""
+        _refuse_cycle(path, asked_by, chain)
+        self._count += 1
+        if self._count > MAX_FILES:
+            raise ConfigError(f"{asked_by}more than {MAX_FILES} files are read through defaults")
+        own = parse(_text(path, asked_by), str(path), env=self._env)
+        if own.value is None:
+            raise ConfigError(f"{path}: empty; a config is a mapping of keys to values")
+        if not isinstance(own.value, dict):
+            raise ConfigError(f"{path}: a config is a mapping of keys to values, and this is {_kind(own.value)}")
+        content = Located({key: child for key, child in own.value.items() if key != "defaults"}, own.place)
+        if "defaults" not in own.value:
+            return content
+        merged = Located({}, own.place)
+        for part in self._parts(path, own.value["defaults"], content, (*chain, path), group):
+            merged = merge(merged, part)
+        return Located(merged.value, own.place)
+
+    def _parts(
+        self, path: Path, defaults: Located, content: Located, chain: tuple[Path, ...], above: str
+    ) -> Iterator[Located]:
+        """What is merged, in order: the files that ``defaults`` names and, where it stands, ``content``."""
+        if not isinstance(defaults.value, list):
+            raise ConfigError(f"{defaults.place}: defaults: expected a list, such as [base, {{optimizer: sgd}}]")
+        own_is_named = any(entry.value == "_self_" for entry in defaults.value)
+        for entry in defaults.value:
+            asked_by = f"{entry.place}: defaults: "
+            if entry.value == "_self_":
+                yield content
+            elif isinstance(entry.value, str) and entry.value:
+                yield self.read(_yaml_file(path.parent, entry.value, asked_by), asked_by, chain, above)
+            elif isinstance(entry.value, dict) and len(entry.value) == 1:
+                ((group, name),) = entry.value.items()
+                yield self._chosen(path.parent / group, f"{above}{group}", group, name, entry.place, chain)
+            else:
+                raise ConfigError(f"{asked_by}expected a file's name, {{group: name}} or _self_")
+        if not own_is_named:
+            yield content
+
+    def _chosen(
+        self, folder: Path, whole: str, group: str, name: Located, place: str, chain: tuple[Path, ...]
+    ) -> Located:
+        """The file of a group, under the group's key."""
+        chosen = self._choices.of(whole, name)
+        asked_by = f"{place}: defaults: " if chosen is name else f"{chosen.place}: "
+        if chosen.value is None:
+            return Located({}, place)
+        if not (isinstance(chosen.value, str) and chosen.value):
+            raise ConfigError(f"{asked_by}{group}: expected the name of a file in {folder}")
+        part = self.read(_yaml_file(folder, chosen.value, asked_by), asked_by, chain, f"{whole}/")
+        for key in reversed(group.split("/")):
+            part = Located({key: part}, place)
+        return part
 
 
 def _refuse_cycle(path: Path, asked_by: str, chain: tuple[Path, ...]) -> None:
@@ -185,31 +260,6 @@ def _refuse_cycle(path: Path, asked_by: str, chain: tuple[Path, ...]) -> None:
 
 def _same_file(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
-
-
-def _parts(
-    path: Path, defaults: Located, content: Located, chain: tuple[Path, ...], files: Iterator[int]
-) -> Iterator[Located]:
-    """What is merged, in order: the files that ``defaults`` names and, where it stands, ``content``."""
-    if not isinstance(defaults.value, list):
-        raise ConfigError(f"{defaults.place}: defaults: expected a list, such as [base, {{optimizer: sgd}}]")
-    own_is_named = any(entry.value == "_self_" for entry in defaults.value)
-    for entry in defaults.value:
-        asked_by = f"{entry.place}: defaults: "
-        if entry.value == "_self_":
-            yield content
-        elif isinstance(entry.value, str) and entry.value:
-            yield _read(_yaml_file(path.parent, entry.value, asked_by), asked_by, chain, files)
-        elif isinstance(entry.value, dict) and len(entry.value) == 1:
-            ((group, name),) = entry.value.items()
-            if not (isinstance(name.value, str) and name.value):
-                raise ConfigError(f"{asked_by}{group}: expected the name of a file in {path.parent / group}")
-            file = _yaml_file(path.parent / group, name.value, asked_by)
-            yield Located({group: _read(file, asked_by, chain, files)}, entry.place)
-        else:
-            raise ConfigError(f"{asked_by}expected a file's name, {{group: name}} or _self_")
-    if not own_is_named:
-        yield content
 
 
 def _yaml_file(folder: Path, name: str, asked_by: str) -> Path:
@@ -256,6 +306,7 @@ class _Builder:
     yaml: YAML
     name: str
     numbered: bool
+    env: Mapping[str, str] | None
     problems: list[str] = field(default_factory=list)
     open_nodes: set[int] = field(default_factory=set)
     built: int = 0
@@ -288,7 +339,7 @@ class _Builder:
         self.report(node, path, f"the tag {_shown_tag(tag)} is not allowed here; remove it")
         return None
 
-    def scalar(self, node: ScalarNode, tag: str, path: KeyPath) -> Scalar:
+    def scalar(self, node: ScalarNode, tag: str, path: KeyPath) -> Scalar | list[Located] | dict[str, Located]:
         kind = tag.removeprefix(_TAG)
         text = str(node.value)
         if kind in ("value", "merge"):  # a lone "=" or "<<": YAML 1.1 gave it a meaning, 1.2 does not
@@ -298,7 +349,8 @@ class _Builder:
         elif kind not in _SCALARS or not tag.startswith(_TAG):
             self.report(node, path, f"the tag {_shown_tag(tag)} is not allowed here; remove it")
         elif kind == "str":
-            return self.string(node, text, path)
+            found = self.string(node, text, path)
+            return found if found is None or self.env is None else self.filled(node, found, self.env, path)
         else:
             return self.number(node, text, kind, path)
         return None
@@ -308,6 +360,33 @@ class _Builder:
             self.report(node, path, "half of a surrogate pair (\\ud800 to \\udfff); write the character itself")
             return None
         return text
+
+    def filled(
+        self, node: ScalarNode, text: str, env: Mapping[str, str], path: KeyPath
+    ) -> Scalar | list[Located] | dict[str, Located]:
+        """The text with what environment variables hold where it says so."""
+        whole = _DOLLAR.fullmatch(text)
+        if node.style is None and whole is not None and whole["inside"] is not None:
+            found = self.variable(node, whole, env, path)
+            return None if found is None else parse(found, f"{self.place(node)} ({text})", numbered=False).value
+        return _DOLLAR.sub(lambda found: self.variable(node, found, env, path) or "", text)
+
+    def variable(self, node: ScalarNode, found: re.Match[str], env: Mapping[str, str], path: KeyPath) -> str | None:
+        """What stands for one ``${...}``, or for an escaped ``${``."""
+        if found[0].startswith("\\"):
+            return "${"
+        asked = _ENV.fullmatch(found["inside"] or "")
+        if asked is None:
+            only = (
+                "${env:NAME} and ${oc.env:NAME,default} are filled in, and nothing else; write \\${ for the characters"
+            )
+            self.report(node, path, f"{_cut(found[0])!r}: {only}")
+            return None
+        if asked["name"] not in env and asked["default"] is None:
+            advice = f"set it, or give a default: ${{oc.env:{asked['name']},default}}"
+            self.report(node, path, f"the environment variable {asked['name']} is not set; {advice}")
+            return None
+        return env.get(asked["name"], (asked["default"] or "").strip())
 
     def number(self, node: ScalarNode, text: str, kind: str, path: KeyPath) -> Scalar:
         try:

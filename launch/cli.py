@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_overrides(doctor)
     doctor.set_defaults(command="doctor")
 
+    schema = verbs.add_parser("schema", help="a JSON schema of the config, for editors")
+    schema.add_argument("--markdown", action="store_true", help="the same for people: every key with its meaning")
+    schema.set_defaults(command="schema")
+
     verify = verbs.add_parser("verify", help="check every checkpoint against its manifest")
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     verify.set_defaults(command="verify")

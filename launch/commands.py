@@ -6,6 +6,7 @@ What dry runs and refusals of configs do not need is imported where it is used: 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import zipfile
@@ -18,6 +19,7 @@ from ddpkit import config as configs
 from ddpkit import factories, world
 from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
+from ddpkit.yaml_files import nearest
 
 from . import plan as plans
 from .job import Job
@@ -153,6 +155,14 @@ def doctor(arguments: Namespace) -> int:
     return examination.examine(settings, arguments.launcher)
 
 
+def schema(arguments: Namespace) -> int:
+    """`ddpkit schema`: what a config may say, for editors or for people."""
+    from ddpkit import config_schema
+
+    print(config_schema.reference() if arguments.markdown else json.dumps(config_schema.editor_schema(), indent=2))
+    return EXIT_DONE
+
+
 def verify(arguments: Namespace) -> int:
     """`ddpkit verify`: a line for each checkpoint; 1 if one is not intact."""
     from ddpkit.checkpoint import listing
@@ -186,6 +196,8 @@ def _overrides(arguments: Namespace) -> list[str]:
 
 def _run_plan(config: Config, arguments: Namespace) -> Plan:
     _check_references(config)
+    _check_first_weights(config)
+    _check_accelerate(config)
     # Of a job on other machines, the launcher is there too.
     options = {} if config.launch.launcher == "slurm" else {"launcher_pid": os.getpid()}
     job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
@@ -241,6 +253,29 @@ def _check_references(config: Config) -> None:
     problems = factories.check(config, [str(Path.cwd()), *sys.path[1:]])
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _check_first_weights(config: Config) -> None:
+    """A run that goes on does not need them any more."""
+    init_from = config.model.init_from
+    if init_from is None or (path := Path(init_from.path)).exists():
+        return
+    from ddpkit.checkpoint import listing
+
+    if listing.has_any(Path(config.run_dir)):
+        return
+    beside = [entry.name for entry in path.parent.glob("*")]
+    raise ConfigError(f"model.init_from.path: {path}: there is no such file{nearest(path.name, beside)}")
+
+
+def _check_accelerate(config: Config) -> None:
+    if config.model.parallel == "accelerate":
+        from ddpkit import accelerated
+
+        try:
+            accelerated.check(config.model.accelerate_config, config.train.precision)
+        except ConfigError as error:
+            raise ConfigError(f"model.accelerate_config: {error}") from None
 
 
 def _script_job(arguments: Namespace) -> Job:

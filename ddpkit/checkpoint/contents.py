@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import errno
 import heapq
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 import xxhash
 from torch import Tensor
 
 from ddpkit.checkpoint import manifest
 from ddpkit.checkpoint.manifest import FileProof, Json, Manifest
+from ddpkit.checkpoint.shards import Layout, ShardFiles, fitted, shard_file
 from ddpkit.checkpoint.writer import (
     fsync_directory,
     raise_save_failed,
@@ -28,8 +31,8 @@ from ddpkit.checkpoint.writer import (
     write_bytes,
     write_tensors,
 )
-from ddpkit.errors import BrokenCheckpoint, SaveFailed
-from ddpkit.state import pack, tensor_names, unpack
+from ddpkit.errors import BrokenCheckpoint, SaveFailed, StateError
+from ddpkit.state import layouts, pack, tensor_names, unpack
 
 Targets: TypeAlias = Mapping[str, Mapping[str, Tensor]]
 """Tensors in use, by the entry of the replicated state and the key in it whose content they are to take up."""
@@ -38,13 +41,17 @@ _REPLICATED = re.compile(r"replicated-\d{5,}\.safetensors")
 _MAIN = "main.safetensors"
 _REPLACED = ".replaced"
 
+_Spread: TypeAlias = dict[str, tuple[Layout, torch.dtype]]
+"""Tensors of which each rank has a part, by name."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """The state of a run on one rank, as `ddpkit.state.pack` takes it; tensors are those in use, not copies.
 
     progress: plain JSON, the run's own record (rank zero's counts).
-    replicated: the same on all ranks (parameters, optimizer); written in parallel, each rank a part.
+    replicated: the same on all ranks (parameters, optimizer); written in parallel, each rank a part. Of tensors in it
+        that are spread over the ranks (FSDP2's), each rank writes what it has.
     main: rank zero's counts (buffers, scheduler, the user's objects); other ranks may leave None.
     own: each rank's own (generators).
     """
@@ -88,8 +95,12 @@ def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
     replicated, replicated_tensors = pack(snapshot.replicated)
     main, main_tensors = pack(snapshot.main if rank == 0 else None)
     own, own_tensors = pack(snapshot.own)
+    spread = layouts(replicated)
+    _refuse_spread(spread, {**layouts(main), **layouts(own)}, world_size)
+    parts = _own_parts(replicated_tensors, spread, rank)
     mine = _share(replicated_tensors, world_size)[rank]
     files = {
+        shard_file(rank): parts,
         f"replicated-{rank:05d}.safetensors": {name: replicated_tensors[name] for name in mine},
         _MAIN: main_tensors,
         _own_file(rank): own_tensors,
@@ -99,8 +110,11 @@ def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
         files={name: tensors for name, tensors in files.items() if tensors},
         shared={"replicated": replicated, "main": main},
         own=own,
-        layout=_layout(replicated_tensors),
-        total_bytes=_bytes(replicated_tensors) + _bytes(main_tensors) + world_size * _bytes(own_tensors),
+        layout=_layout(replicated_tensors, spread),
+        total_bytes=_bytes(replicated_tensors)
+        + sum(math.prod(layout.shape) * dtype.itemsize for layout, dtype in spread.values())
+        + _bytes(main_tensors)
+        + world_size * _bytes(own_tensors),
     )
 
 
@@ -151,7 +165,10 @@ def undo_replacements(directory: Path) -> None:
 
 
 def read(directory: Path, found: Manifest, rank: int, into: Targets) -> Loaded:
-    """Read a verified checkpoint, whatever the number of ranks that wrote it. Raises BrokenCheckpoint."""
+    """Read a verified checkpoint, whatever the number of ranks that wrote it. Raises BrokenCheckpoint.
+
+    Tensors that were spread over those ranks are `Sharded`: a part of one is read when it is asked for.
+    """
     names = [proof.name for proof in found.files]
     shared = _shared(directory, found, "replicated")
     files = [name for name in names if _REPLICATED.fullmatch(name)]
@@ -163,7 +180,7 @@ def read(directory: Path, found: Manifest, rank: int, into: Targets) -> Loaded:
         step=found.step,
         world_size=found.world_size,
         progress=found.progress,
-        replicated=_unpack(directory, shared, replicated),
+        replicated=_unpack(directory, shared, replicated, ShardFiles(directory)),
         main=_unpack(directory, _shared(directory, found, "main"), main),
         own=_unpack(directory, found.own[rank], own) if had_part else None,
     )
@@ -187,7 +204,8 @@ def load_model_tensors(directory: Path, name: str = "model") -> dict[str, Tensor
         model = skeleton.get(name, {}) if isinstance(skeleton, dict) else {}
         wanted = set(tensor_names(model))
         files = [proof.name for proof in found.files if is_file(proof.name)]
-        entries.update(_unpack(directory, model, _read_files(directory, files, wanted)))
+        tensors = _read_files(directory, files, wanted)
+        entries.update(fitted(_unpack(directory, model, tensors, ShardFiles(directory)), None))
     order = list(entries)
     if isinstance(main, dict) and f"{name}_keys" in main:
         order = _unpack(directory, main[f"{name}_keys"], {})
@@ -211,9 +229,24 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _layout(tensors: dict[str, Tensor]) -> str:
+def _own_parts(tensors: dict[str, Tensor], spread: _Spread, rank: int) -> dict[str, Tensor]:
+    """Take the parts of spread tensors out of ``tensors``: those that are this rank's to write."""
+    parts = {name: tensors.pop(name) for name in spread}
+    return {name: part for name, part in parts.items() if part.numel() and spread[name][0].is_written_by(rank)}
+
+
+def _refuse_spread(replicated: _Spread, others: _Spread, world_size: int) -> None:
+    if others:
+        raise StateError(f"{next(iter(others))} is spread over the ranks; it belongs to the replicated state")
+    for name, (layout, _) in replicated.items():
+        if layout.world_size != world_size:
+            raise StateError(f"{name} is spread over {layout.world_size} ranks of {world_size}; it has to be over all")
+
+
+def _layout(tensors: dict[str, Tensor], spread: _Spread) -> str:
     """Equal on all ranks, or the parts they write would not make a whole."""
-    looks = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
+    looks: list[Json] = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()]
+    looks += [[name, str(dtype), *asdict(layout).values()] for name, (layout, dtype) in spread.items()]
     return xxhash.xxh3_128_hexdigest(manifest.canonical(looks))
 
 
@@ -248,8 +281,8 @@ def _read_files(
     return tensors
 
 
-def _unpack(directory: Path, skeleton: Json, tensors: dict[str, Tensor]) -> Any:
+def _unpack(directory: Path, skeleton: Json, tensors: dict[str, Tensor], shards: ShardFiles | None = None) -> Any:
     try:
-        return unpack(skeleton, tensors)
+        return unpack(skeleton, tensors, shards)
     except BrokenCheckpoint as error:
         raise BrokenCheckpoint(f"{os.fspath(directory)}: {error}") from error

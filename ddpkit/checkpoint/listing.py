@@ -69,6 +69,12 @@ def intact_newest(run_dir: Path) -> Manifest | None:
     return None
 
 
+def has_any(run_dir: Path) -> bool:
+    """Whether the run has ever saved a checkpoint, intact by now or not: then it never begins afresh."""
+    directory = checkpoints_directory(run_dir)
+    return bool(complete(directory) or set_aside(directory))
+
+
 def _problem(path: Path, step: int) -> str | None:
     try:
         verified(path, step)

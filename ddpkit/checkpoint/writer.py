@@ -91,7 +91,7 @@ def read_tensors(
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor in a file: what it is, and where its content begins."""
 
     dtype: torch.dtype
@@ -99,7 +99,29 @@ class _Entry:
     start: int
 
 
-def _entries(file: FileIO) -> dict[str, _Entry]:
+def read_entries(path: Path) -> dict[str, Entry]:
+    """What a safetensors file holds, by name. Raises BrokenCheckpoint."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return _entries(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenCheckpoint(f"{path}: expected a safetensors file, found: {error}") from error
+
+
+def read_rows(path: Path, entry: Entry, start: int, stop: int) -> Tensor:
+    """A tensor's part from ``start`` to ``stop`` along its first dimension, alone. Raises BrokenCheckpoint."""
+    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    part = Entry(entry.dtype, (stop - start, *entry.shape[1:]), entry.start + start * row)
+    tensor = _fresh(part)
+    try:
+        with path.open("rb", buffering=0) as file:
+            _fill(file, tensor, part)
+    except (OSError, ValueError) as error:
+        raise BrokenCheckpoint(f"{path}: expected a safetensors file, found: {error}") from error
+    return tensor
+
+
+def _entries(file: FileIO) -> dict[str, Entry]:
     """What a safetensors file says that it holds. Raises ValueError if it cannot be so."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -112,7 +134,7 @@ def _entries(file: FileIO) -> dict[str, _Entry]:
     return {name: _entry(described, 8 + length, size) for name, described in header.items()}
 
 
-def _entry(described: Json, data: int, size: int) -> _Entry:
+def _entry(described: Json, data: int, size: int) -> Entry:
     match described:
         case {"dtype": str(name), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if name in _READ_DTYPES:
             dtype = _READ_DTYPES[name]
@@ -123,10 +145,10 @@ def _entry(described: Json, data: int, size: int) -> _Entry:
         raise ValueError(f"a tensor described as {described!r:.80}")
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise ValueError(f"{end - begin} bytes for a tensor of {name} and shape {shape}")
-    return _Entry(dtype, tuple(shape), data + begin)
+    return Entry(dtype, tuple(shape), data + begin)
 
 
-def _fits(tensor: Tensor, entry: _Entry) -> bool:
+def _fits(tensor: Tensor, entry: Entry) -> bool:
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
@@ -136,11 +158,11 @@ def _fits(tensor: Tensor, entry: _Entry) -> bool:
     )
 
 
-def _fresh(entry: _Entry) -> Tensor:
+def _fresh(entry: Entry) -> Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype)
 
 
-def _fill(file: FileIO, tensor: Tensor, entry: _Entry) -> None:
+def _fill(file: FileIO, tensor: Tensor, entry: Entry) -> None:
     if not tensor.numel():
         return
     memory = _memory(tensor).numpy().data

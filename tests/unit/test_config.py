@@ -629,14 +629,100 @@ def test_defaults_that_cannot_be_followed(write: Callable[..., str], defaults: s
     assert message in refusal(write(f"defaults: {defaults}\n{MINIMAL}"))
 
 
+def test_groups_inside_groups_and_no_file_at_all(write: Callable[..., str]) -> None:
+    write("defaults: [{args: wide}]\nfactory: a:b\n", "model/net.yaml")
+    write("width: 9\n", "model/args/wide.yaml")
+    write("width: 1\n", "model/args/slim.yaml")
+    write("factory: c:d\n", "data/train/cifar.yaml")
+    path = write("defaults: [_self_, {model: net}, {data/train: cifar}, {optimizer: null}]\n" + MINIMAL)
+    config = configs.load(path)
+    assert (config.model.factory, config.model.args) == ("a:b", {"width": 9})
+    assert config.data.train.factory == "c:d"
+    assert config.optimizer.factory == "torch.optim:SGD"
+    assert configs.load(path, ["model/args=slim"]).model.args == {"width": 1}
+
+
+def test_an_override_chooses_the_file_of_a_group(write: Callable[..., str]) -> None:
+    write("factory: a:small\n", "model/small.yaml")
+    write("factory: a:large\nargs: {width: 9}\n", "model/large.yaml")
+    path = write("defaults: [_self_, {model: small}]\n" + MINIMAL)
+    assert configs.load(path).model.factory == "a:small"
+    config = configs.load(path, ["model=large", "model.args.width=10"])
+    assert (config.model.factory, config.model.args) == ("a:large", {"width": 10})
+    assert "-o model=lagre: model/lagre.yaml: there is no such file; did you mean 'large.yaml'?" in refusal(
+        path, "model=lagre"
+    )
+    assert "-o data=large: data: expected a mapping" in refusal(path, "data=large")  # no group of this file's
+
+
+# ---------------------------------------------------------------------- environment variables
+
+VARIABLES = {"LR": "1e-2", "WHO": "me", "NUMBER": "7", "ODD": "a: b: c", "BETAS": "[0.5, 0.9]", "INSIDE": "${env:WHO}"}
+
+
+def loaded(write: Callable[..., str], args: str, *overrides: str) -> dict[str, Any]:
+    path = write(MINIMAL.replace('{factory: "pkg.models:build"}', f"\n  factory: a:b\n  args:\n    {args}"))
+    return dict(configs.load(path, overrides, env=VARIABLES).model.args)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("${env:LR}", 0.01),
+        ("${oc.env:LR}", 0.01),
+        ("'${env:LR}'", "1e-2"),
+        ('"${env:NUMBER}"', "7"),
+        ("${env:BETAS}", [0.5, 0.9]),
+        ("${oc.env:NOTHERE,3}", 3),
+        ("${env:NOTHERE, x y }", "x y"),
+        ("${oc.env:NOTHERE,}", None),
+        ("${env:NUMBER,3}", 7),
+        ("runs/${env:WHO}/${env:NUMBER}-${env:NOTHERE,z}", "runs/me/7-z"),
+        ("${env:INSIDE}", "${env:WHO}"),
+        ("\\${env:WHO}", "${env:WHO}"),
+        ("a \\\\${ b", "a \\${ b"),
+        ("$HOME and {x}", "$HOME and {x}"),
+        ("[a, '${env:WHO}']", ["a", "me"]),
+    ],
+)
+def test_variables_are_filled_in_where_they_are_written(write: Callable[..., str], written: str, value: Any) -> None:
+    assert loaded(write, f"x: {written}") == {"x": value}
+    assert loaded(write, "y: 1", f"model.args.x={written}") == {"x": value, "y": 1}
+    config = configs.load("x.yaml", [f"model.args.x={written}"], env=VARIABLES)
+    write(configs.dump(config), "stored.yaml")
+    assert configs.load("stored.yaml", env={}) == config  # what is stored needs no variable any more
+
+
+def test_a_variable_may_choose_a_file(write: Callable[..., str]) -> None:
+    write("factory: a:small\n", "model/me.yaml")
+    path = write("defaults: [_self_, {model: '${env:WHO}'}]\n" + MINIMAL)
+    assert configs.load(path, env=VARIABLES).model.factory == "a:small"
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("${env:NOTHERE}", "x.yaml:5: model.args.x: the environment variable NOTHERE is not set; set it, or give a"),
+        ("${model.width}", "'${model.width}': ${env:NAME} and ${oc.env:NAME,default} are filled in, and nothing else"),
+        ("${HOME}", "'${HOME}': ${env:NAME} and"),
+        ("${env:A-B}", "'${env:A-B}': ${env:NAME} and"),
+        ("${env:A,${env:B}}", "'${': ${env:NAME} and"),
+        ("${env:WHO", "'${': ${env:NAME} and"),
+        ("${env:ODD}", "x.yaml:5 (${env:ODD}): a ':' that does not fit here"),
+    ],
+)
+def test_what_cannot_be_filled_in(write: Callable[..., str], written: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(write, f"x: {written}")
+    assert message in str(caught.value)
+
+
 # ---------------------------------------------------------------------- not built, changed, described
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.parallel=fsdp2", "model.parallel: 'fsdp2' is not built yet; choose ddp"),
-        ("model.init_from={path: x.pt}", "model.init_from: this is not built yet"),
         ("train.callbacks=['a:b']", "train.callbacks: this is not built yet"),
         ("trackers=[wandb]", "trackers: this is not built yet"),
         ("checkpoint.best={metric: loss}", "checkpoint.best: this is not built yet"),
@@ -657,8 +743,8 @@ def test_what_is_built_is_not_refused(write: Callable[..., str]) -> None:
     config = configs.load(write(FULL), overrides)
     assert configs.unsupported(config) == []
     tree: Any = configs.to_tree(config)
-    tree["model"]["parallel"] = "fsdp2"
-    assert configs.unsupported(configs.from_tree(tree)) == ["model.parallel: 'fsdp2' is not built yet; choose ddp"]
+    tree["checkpoint"]["best"] = {"metric": "loss"}
+    assert configs.unsupported(configs.from_tree(tree)) == ["checkpoint.best: this is not built yet; leave it out"]
 
 
 def test_differences_name_the_leaves_that_may_not_change(write: Callable[..., str]) -> None:
