@@ -9,7 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ddpkit import references, yaml_files
 from ddpkit.errors import ConfigError
@@ -38,6 +49,12 @@ def _is_range(text: str) -> str:
     if not (colon and fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most) < 2**31):
         raise ValueError(f"expected an integer of at least 1 or a range such as '2:4', got {shown(text)}")
     return text
+
+
+def _in_order(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps[0] > steps[1]:
+        raise ValueError(f"the first one, {steps[0]}, comes after the last one, {steps[1]}")
+    return steps
 
 
 def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -168,6 +185,30 @@ def node_range(nnodes: int | str) -> tuple[int, int]:
     return int(fewest), int(most)
 
 
+class Init(Factory):
+    """First values for the model, or a part: `factory(module, **args)`, with `params` `factory(parameter, **args)`."""
+
+    modules: tuple[str, ...] = _list()
+    """Class names, or patterns of module names, for which it is called; empty: for all modules."""
+    params: tuple[str, ...] = _list()
+    """Patterns of parameter names (`*.weight`), for which it is called instead, as functions of `torch.nn.init` are."""
+
+    @model_validator(mode="after")
+    def _for_one_kind(self) -> Init:
+        if self.modules and self.params:
+            raise ValueError("modules and params are both given; leave one out")
+        return self
+
+
+class ModelSummary(Section):
+    """What is told of the model when the run starts, in `model.txt`."""
+
+    depth: int = Field(default=2, ge=0, lt=2**31)
+    """Down to where its parts are listed."""
+    graph: bool = False
+    """Whether the graph of its first pass is written, to `model.dot`."""
+
+
 class InitFrom(Section):
     """Weights to start from, out of a checkpoint that is not ddpkit's."""
 
@@ -198,6 +239,10 @@ class Model(Factory):
     """Class names, or patterns of module names, whose activations are computed again instead of kept."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of a moving average of the weights; null: none is kept."""
+    init: tuple[Init, ...] = _list()
+    """What gives the model other first values than `factory` does, one after the other."""
+    summary: ModelSummary | None = None
+    """What is told of the model when the run starts; null: nothing."""
     init_from: InitFrom | None = None
     """Weights to start from; null: those that the factory gives."""
 
@@ -272,6 +317,34 @@ class Steps(Section):
     """Number of optimizer steps."""
 
 
+class EarlyStopping(Section):
+    """When evaluations that are not better end the run."""
+
+    metric: str
+    """Name of a value that `train.eval_step` gives."""
+    patience: Count
+    """How many evaluations in a row have to be no better than the best one before them."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """By how much it has to be better."""
+
+
+class Profile(Section):
+    """A trace of some steps, by torch.profiler, in `profile/`."""
+
+    steps: Annotated[tuple[Count, Count], AfterValidator(_in_order)] = Field(strict=False)
+    """The first and the last one."""
+    ranks: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), strict=False)
+    """The ranks that are traced."""
+    shapes: bool = False
+    """Whether the shapes of operators' inputs are recorded."""
+    memory: bool = False
+    """Whether it is recorded what memory is allocated and freed."""
+    stacks: bool = False
+    """Whether it is recorded where in the code each operator was called from."""
+
+
 class Train(Section):
     """The loop."""
 
@@ -293,8 +366,12 @@ class Train(Section):
     """Largest norm of the gradient, over all parameters; null: no limit."""
     deterministic: bool = False
     """Bit-exactness on a GPU, at its price; on CPU it holds anyway."""
-    callbacks: tuple[Ref, ...] = _list()
-    """Functions of yours that the loop calls."""
+    early_stopping: EarlyStopping | None = None
+    """When evaluations that are not better end the run; null: they do not."""
+    callbacks: tuple[Ref | Factory, ...] = _list()
+    """What is called at the moments of a run: classes or functions that give a `ddpkit.Callback`, or one itself."""
+    profile: Profile | None = None
+    """Steps that are traced; null: none."""
 
 
 class Best(Section):
@@ -321,6 +398,40 @@ class Checkpoint(Section):
     """Saves in a row that may fail before the run fails."""
 
 
+TrackerName: TypeAlias = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
+
+
+class Tracker(Section):
+    """A service that metrics are sent to, with options."""
+
+    name: TrackerName
+    """Of a tracker of accelerate's."""
+    args: dict[str, JsonValue] = {}
+    """Arguments of its class there, over those that ddpkit gives."""
+
+
+def _form_of_tracker(given: Any) -> str:
+    """Which of the three forms is meant, so that a message speaks of that one alone."""
+    if not isinstance(given, (dict, Section)):
+        return "name"
+    return "factory" if isinstance(given, Factory) or (isinstance(given, dict) and "factory" in given) else "options"
+
+
+AnyTracker: TypeAlias = Annotated[
+    Annotated[TrackerName, Tag("name")] | Annotated[Tracker, Tag("options")] | Annotated[Factory, Tag("factory")],
+    Discriminator(_form_of_tracker),
+]
+
+
+def _each_once(trackers: tuple[str | Tracker | Factory, ...]) -> tuple[str | Tracker | Factory, ...]:
+    names = [each.name if isinstance(each, Tracker) else each for each in trackers if not isinstance(each, Factory)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return trackers
+
+
 class Config(Section):
     """A run."""
 
@@ -342,10 +453,12 @@ class Config(Section):
     """The loop."""
     checkpoint: Checkpoint = Checkpoint()
     """When a checkpoint is written, and how many are kept."""
-    trackers: tuple[str | Factory, ...] = _list()
-    """Services that metrics are sent to, by name or as a factory."""
+    trackers: Annotated[tuple[AnyTracker, ...], AfterValidator(_each_once)] = _list()
+    """Services that metrics are sent to: by name, by name with options, or a factory of one of yours."""
     log_every: Count = 10
     """Optimizer steps between lines of metrics."""
+    progress_bar: Literal["auto"] | bool = "auto"
+    """Whether progress is shown as a bar; auto: where the launcher writes to a terminal."""
 
 
 # ---------------------------------------------------------------------- in and out
@@ -461,9 +574,6 @@ _NOT_BUILT = (
     _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
     _NotBuilt("model.ema_decay", (None,), "leave it out"),
     _NotBuilt("model.init_from", (None,), "leave it out and load the weights in model.factory"),
-    _NotBuilt("train.callbacks", ((),), "leave it out"),
-    _NotBuilt("checkpoint.best", (None,), "leave it out"),
-    _NotBuilt("trackers", ((),), "leave it out; metrics.jsonl has every value"),
 )
 
 
@@ -515,6 +625,10 @@ _FREE_TO_CHANGE = (
     "checkpoint",
     "trackers",
     "log_every",
+    "progress_bar",
+    "model.summary",
+    "train.early_stopping.patience",
+    "train.profile",
     "train.epochs",
     "train.max_steps",
     "run_dir",
@@ -604,6 +718,10 @@ def _contradictions(tree: JsonValue) -> Iterator[_Problem]:
         yield _Problem(("data", "eval"), "given without train.eval_step; give both or neither")
     if data is not None and has_step and not has_data:
         yield _Problem(("train", "eval_step"), "given without data.eval; give both or neither")
+    if train.get("early_stopping") is not None and not has_step:
+        yield _Problem(("train", "early_stopping"), "given without data.eval and train.eval_step, which it goes by")
+    if ((_section(tree, "checkpoint") or {}).get("best")) is not None and not has_step:
+        yield _Problem(("checkpoint", "best"), "given without data.eval and train.eval_step, which it goes by")
 
 
 def _section(tree: JsonValue, key: str) -> Mapping[str, JsonValue] | None:

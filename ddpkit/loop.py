@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from ddpkit.evaluate import EvalStep, EvaluationStopped, evaluate
 from ddpkit.fetching import LoaderOptions
 from ddpkit.loader import Loader
 from ddpkit.run import Attempt, Run
+from ddpkit.selection import Best, EarlyStopping
 from ddpkit.step import StepFunction, TrainStep
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Saving:
     every_minutes: float | None = None
     keep: int = 3
     max_failures: int = 3
+    best: Best | None = None
 
 
 def fit(
@@ -63,6 +65,8 @@ def fit(
     max_steps: int | None = None,
     evaluation: Evaluation | None = None,
     saving: Saving = Saving(),
+    early_stopping: EarlyStopping | None = None,
+    callbacks: Sequence[Any] = (),
     precision: str = "fp32",
     clip_grad_norm: float | None = None,
     log_every: int = 10,
@@ -84,6 +88,8 @@ def fit(
         max_steps: optimizer steps.
         evaluation: what to evaluate; None does not evaluate.
         saving: when to save.
+        early_stopping: when evaluations that are not better end the run.
+        callbacks: what is called at the moments of the run; see `ddpkit.callbacks.Callback`.
         precision: "fp32", "bf16" or "fp16".
         clip_grad_norm: the largest norm of the gradient.
         log_every: optimizer steps between recorded lines.
@@ -109,9 +115,13 @@ def fit(
         every_minutes=saving.every_minutes,
         keep=saving.keep,
         max_failures=saving.max_failures,
+        best=saving.best,
+        early_stopping=early_stopping,
+        callbacks=callbacks,
         log_every=log_every,
         attempt=attempt,
     ) as run:
+        run.is_to_last(max_steps=max_steps, epochs=epochs)
         every_step, every_epoch = (scheduler, None) if scheduler_interval == "step" else (None, scheduler)
         _Loop(rt, run, model, loader, train_step, every_step, every_epoch, evaluation, epochs, max_steps).to_the_end()
 
@@ -145,12 +155,14 @@ class _Loop:
     def _train_epoch(self) -> bool:
         """Train until the epoch or the run ends; True if it is the epoch."""
         run, loader, train_step = self.run, self.loader, self.train_step
+        run.begin_epoch()
         gave_batches = False
         for batch in loader:
             gave_batches = True
             part = loader.current
             assert part is not None  # the loader has just given out a pass
             train_step.accumulate(batch, part, keep_values=run.records_next_step)
+            run.passed()
             if not part.is_last:
                 continue
             values = train_step.update()
@@ -163,6 +175,8 @@ class _Loop:
                 return False  # saved with the work of the run's end
             if self._is_due_after_step():
                 self._evaluate()
+                if self._has_ended():
+                    return False  # it has ended the run
             run.boundary()
         if not gave_batches:
             raise UserError(f"data.train: the dataset gave no batch in epoch {run.progress.epoch}")
@@ -178,6 +192,8 @@ class _Loop:
 
     def _has_ended(self, epochs_more: int = 0) -> bool:
         progress = self.run.progress
+        if self.run.ended_early is not None:
+            return True
         if self.max_steps is not None:
             return progress.step >= self.max_steps
         return self.epochs is None or progress.epoch + epochs_more >= self.epochs
@@ -207,4 +223,4 @@ class _Loop:
         except EvaluationStopped as stop:
             self.run.leave(stop.reason)
         else:
-            self.run.record("eval", values, eval_s=time.monotonic() - started)
+            self.run.evaluated(values, eval_s=time.monotonic() - started)

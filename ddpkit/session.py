@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,11 +30,14 @@ from ddpkit.gathering import GatheringWatch
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.loader import Loader
 from ddpkit.permutation import derive
+from ddpkit.progress import ProgressBar
 from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
+from ddpkit.selection import Best, EarlyStopping
 from ddpkit.stall import StallWatch
 from ddpkit.stop import Requests, StopVote
+from ddpkit.trackers import Trackers
 from ddpkit.world import Allocation, World
 
 log = logging.getLogger("ddpkit")
@@ -224,7 +227,13 @@ class Runtime:
         run_dir: str | Path,
         *,
         every_steps: int | None = 1000,
+        every_minutes: float | None = None,
         keep: int = 3,
+        best: Best | None = None,
+        early_stopping: EarlyStopping | None = None,
+        trackers: Sequence[Any] = (),
+        progress_bar: bool = False,
+        callbacks: Sequence[Any] = (),
         log_every: int = 10,
         **objects: Any,
     ) -> Run:
@@ -233,7 +242,14 @@ class Runtime:
         Args:
             run_dir: where the run keeps everything it writes; made if missing.
             every_steps: optimizer steps between saves; None saves at the end and on stops only.
+            every_minutes: minutes between saves; looked at whenever a line is recorded.
             keep: checkpoints kept.
+            best: keep the best checkpoint, by what ``run.record("eval", values)`` is given, too.
+            early_stopping: end ``run.epochs`` when evaluations are not better any more; ``run.ended_early`` tells.
+            trackers: services that metrics are sent to: names ("tensorboard"), `ddpkit.Tracker` with options, or
+                objects of your own.
+            progress_bar: show one on rank zero.
+            callbacks: what is called at the moments of the run; see `ddpkit.Callback`.
             log_every: optimizer steps between lines in metrics.jsonl.
             objects: what belongs to the run's state, by name: modules (wrapped or not), optimizers, loaders,
                 schedulers, and anything else with state_dict and load_state_dict.
@@ -242,9 +258,20 @@ class Runtime:
             UserError: another process is using the directory, or the checkpoint is of other objects.
             BrokenCheckpoint: there are checkpoints, and none is intact.
         """
-        return self._stack.enter_context(
-            Run(self, Path(run_dir), objects, every_steps=every_steps, keep=keep, log_every=log_every)
+        given = [*callbacks, *([Trackers(trackers)] if trackers else []), *([ProgressBar()] if progress_bar else [])]
+        run = Run(
+            self,
+            Path(run_dir),
+            objects,
+            every_steps=every_steps,
+            every_minutes=every_minutes,
+            keep=keep,
+            best=best,
+            early_stopping=early_stopping,
+            callbacks=given,
+            log_every=log_every,
         )
+        return self._stack.enter_context(run)
 
     def evaluate(
         self,

@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("eval", help="evaluate a checkpoint, exactly, on any number of ranks")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    _add_choice(evaluate)
     _add_overrides(evaluate)
     _add_launching(evaluate)
     evaluate.set_defaults(command=commands.evaluate)
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="write the model of a checkpoint as .pt or .safetensors")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    _add_choice(export)
     export.set_defaults(command=commands.export)
 
     doctor = verbs.add_parser("doctor", help="what this environment is, and whether ranks can talk in it")
@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     verify.set_defaults(command=commands.verify)
     return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    choice.add_argument("--best", action="store_true", help="the best intact one, by checkpoint.best")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

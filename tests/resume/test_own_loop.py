@@ -47,7 +47,7 @@ def train(run_dir: Path, env: dict[str, str]) -> str:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
             average = Average(toy.model())
-            objects = {"model": model, "optimizer": optimizer, "loader": loader}
+            objects: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader}
             run = rt.resume(run_dir, every_steps=3, keep=2, log_every=2, schedule=schedule, average=average, **objects)
             for _ in run.epochs(3):
                 for batch in loader:

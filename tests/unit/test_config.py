@@ -287,7 +287,7 @@ def test_all_problems_come_at_once_each_with_its_line(write: Callable[..., str])
         "x.yaml:8: train.epochs: expected an integer of at least 1 or null, got 'ten' (str)",
         "x.yaml:9: train.max_step: unknown key; did you mean 'max_steps'? (the keys of train: "
         "step, eval_step, metrics, "
-        "epochs, max_steps, eval_every, precision, clip_grad_norm, deterministic, callbacks)",
+        "epochs, max_steps, eval_every, precision, clip_grad_norm, deterministic, early_stopping, callbacks, profile)",
     ]
 
 
@@ -638,9 +638,6 @@ def test_defaults_that_cannot_be_followed(write: Callable[..., str], defaults: s
         ("model.ema_decay=0.9", "model.ema_decay: 0.9 is not built yet"),
         ("model.init_from={path: x.pt}", "model.init_from: this is not built yet"),
         ("model.activation_checkpointing=[Block]", "model.activation_checkpointing: this is not built yet"),
-        ("train.callbacks=['a:b']", "train.callbacks: this is not built yet"),
-        ("trackers=[wandb]", "trackers: this is not built yet"),
-        ("checkpoint.best={metric: loss}", "checkpoint.best: this is not built yet"),
     ],
 )
 def test_load_refuses_what_is_not_built_yet(write: Callable[..., str], override: str, message: str) -> None:
