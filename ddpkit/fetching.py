@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -24,13 +25,15 @@ import torch.utils.data._utils.worker as torch_worker
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
 
+from ddpkit.generators import HostGenerators
 from ddpkit.orphans import die_with_parent
 from ddpkit.permutation import derive
 from ddpkit.sampler import Fetch, Pass, passes
-from ddpkit.seeding import epoch_key, host_generators_kept, sample_key, seed_host_generators
+from ddpkit.seeding import epoch_key, sample_key, seed_host_generators
 from ddpkit.world import World
 
 _COLLATE = 1 << 63  # sets a batch's own stream apart from those of its samples
+_DYING_S = 1.0  # a process's connections are closed a moment before its parent can see its end
 _LOOK_S = 0.5  # how often somebody who waits for a batch is asked whether to wait on
 # A cluster manager signals every process of a job step; whether to stop is the rank's business.
 _NOT_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -54,22 +57,28 @@ class SeededDataset(Dataset[Any]):
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
         self._dataset = dataset
         self._collate = collate
+        self._generators = HostGenerators()
 
     def __getitem__(self, fetch: Fetch) -> tuple[Pass, Any]:
         """Fetch and collate one pass."""
+        # In a worker the generators serve nothing else; in the rank's own process they are the step's as well.
+        with self._generators.kept() if get_worker_info() is None else nullcontext():
+            return fetch.part, self._seeded(fetch)
+
+    def _seeded(self, fetch: Fetch) -> Any:
         part = fetch.part
         first = part.start if part.size else part.batch_start
-        # In a worker the generators serve nothing else; in the rank's own process they are the step's as well.
-        with host_generators_kept() if get_worker_info() is None else nullcontext():
-            samples = []
-            for position, item in enumerate(fetch.items, first):
-                seed_host_generators(sample_key(fetch.key, position))
-                try:
-                    samples.append(self._dataset[item])
-                except Exception as error:
-                    _note(error, f"at sample {item}, position {position} of the epoch")
-                    raise
-            return part, _collated(self._collate, samples, fetch.key, first, empty=not part.size)
+        samples = []
+        for position, item in enumerate(fetch.items, first):
+            seed_host_generators(sample_key(fetch.key, position))
+            try:
+                samples.append(self._dataset[item])
+            except Exception as error:
+                _note(error, f"at sample {item}, position {position} of the epoch")
+                raise
+        seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
+        batch = self._collate(samples)
+        return batch if part.size else nothing_of(batch, samples[0])
 
 
 def _note(error: Exception, text: str) -> None:
@@ -105,6 +114,7 @@ class SeededStream(IterableDataset[Any]):
         self._micro_batch_size = micro_batch_size
         self._drop_last = drop_last
         self._position = position
+        self._generators = HostGenerators()
 
     def __iter__(self) -> Iterator[tuple[Pass, Any]]:
         worker = get_worker_info()
@@ -112,26 +122,28 @@ class SeededStream(IterableDataset[Any]):
         # A dataset that splits itself over workers would leave us with a part of a part.
         torch_worker._worker_info = None  # private, and the only place that holds it
         count = 0
-        for batch_start, samples in self._batches(kept=worker is None):
+        for batch_start, samples in self._batches():
             end = batch_start + len(samples)
             for part in passes(batch_start, end, self._micro_batch_size, self._world.rank, self._world.world_size):
                 # The DataLoader takes turns over its workers, so taking turns here keeps the order.
                 if count % num_workers == worker_id:
-                    yield part, self._pass(part, samples, kept=worker is None)
+                    yield part, self._pass(part, samples)
                 count += 1
 
-    def _pass(self, part: Pass, samples: list[Any], kept: bool) -> Any:
+    def _pass(self, part: Pass, samples: list[Any]) -> Any:
         offset = part.batch_start
         mine = samples[part.start - offset : part.stop - offset] or samples[:1]
-        with host_generators_kept() if kept else nullcontext():
-            return _collated(self._collate, mine, self._key, part.start, empty=not part.size)
+        with self._generators.kept():
+            seed_host_generators(sample_key(self._key ^ _COLLATE, part.start))
+            batch = self._collate(mine)
+        return batch if part.size else nothing_of(batch, mine[0])
 
-    def _batches(self, kept: bool) -> Iterator[tuple[int, list[Any]]]:
+    def _batches(self) -> Iterator[tuple[int, list[Any]]]:
         position = self._position
         stream: Iterator[Any] | None = None
         while True:
             samples: list[Any] = []
-            with host_generators_kept() if kept else nullcontext():
+            with self._generators.kept():
                 if stream is None:
                     stream = self._opened()
                 while len(samples) < self._global_batch_size:
@@ -224,10 +236,20 @@ class Fetcher:
                 yield next(iterator)
             except StopIteration:
                 return
+            except (ConnectionError, EOFError) as error:
+                if " in DataLoader worker process " not in str(error):  # it lives, and tells of something of its own
+                    self._blame_the_dead(error)
+                raise
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader timed out"):
                     raise
                 self._while_waiting()
+
+    def _blame_the_dead(self, error: Exception) -> None:
+        """Say in torch's words if a worker has died while it handed a batch over: by then its end may not show yet."""
+        ended = wait([worker.sentinel for worker in self._workers], _DYING_S)
+        if pids := [str(worker.pid) for worker in self._workers if worker.sentinel in ended]:
+            raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(pids)}) exited unexpectedly") from error
 
     def close(self) -> None:
         """End the workers now. One that is deep in a fetch would hold up the end of the process."""
@@ -309,12 +331,6 @@ def _parts(sample: Any) -> Iterator[Any]:
     inner = sample.values() if isinstance(sample, Mapping) else sample if isinstance(sample, (list, tuple)) else ()
     for part in inner:
         yield from _parts(part)
-
-
-def _collated(collate: Callable[[list[Any]], Any], samples: list[Any], key: int, first: int, empty: bool) -> Any:
-    seed_host_generators(sample_key(key ^ _COLLATE, first))
-    batch = collate(samples)
-    return nothing_of(batch, samples[0]) if empty else batch
 
 
 def _as_it_is(fetched: Any) -> Any:

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 LARGEST = 2**62  # each half then fits 31 bits, so no sum or product below leaves 64 bits
 SORTED_UP_TO = 4096
 ROUNDS = 8
+_TABLED_UP_TO = 2**16  # values of one half, that is n up to 2**32: all rounds' tables are 4 MB then, and made in 1 ms
+_TABLED_FROM = 1024  # positions asked for at once; for fewer, a table of all values is not worth its making
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,32 @@ class Permutation:
     def _round_keys(self) -> tuple[np.uint64, ...]:
         return tuple(np.uint64(derive("feistel", self.key, number)) for number in range(ROUNDS))
 
+    @cached_property
+    def _tables(self) -> tuple[NDArray[np.uint64], ...]:
+        """Each round's amounts, for every value of the half that they are made of."""
+        a, b = self._sides
+        lows, highs = np.arange(a, dtype=np.uint64), np.arange(b, dtype=np.uint64)
+        return tuple(
+            _amounts(highs, key=key, size=a) if number % 2 else _amounts(lows, key=key, size=b)
+            for number, key in enumerate(self._round_keys)
+        )
+
     def _encipher(self, points: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """A generalised Feistel network (Black & Rogaway 2002): its halves count modulo a and b, not 2**k."""
         a, b = self._sides
         high = points // np.uint64(a)
         low = points - high * np.uint64(a)
+        looked_up = points.size >= _TABLED_FROM and a <= _TABLED_UP_TO  # 9 ns an item rather than 27
         # Neighbours differ in `low`, so it is `low` that stirs first.
-        for even, odd in zip(self._round_keys[::2], self._round_keys[1::2], strict=True):
-            _shift(high, by=low, key=even, size=b)
-            _shift(low, by=high, key=odd, size=a)
+        for number in range(ROUNDS):
+            half, by, size = (low, high, a) if number % 2 else (high, low, b)
+            if looked_up:
+                amounts = self._tables[number].take(by.view(np.int64), mode="clip")  # unchecked: no value is outside
+            else:
+                amounts = _amounts(by, key=self._round_keys[number], size=size)
+            half += amounts
+            np.subtract(half, np.uint64(size), out=amounts)  # wraps to a huge number where half < size, so that
+            np.minimum(half, amounts, out=half)  # the lesser of the two is half modulo size
         return high * np.uint64(a) + low
 
 
@@ -109,17 +128,15 @@ def derive(*parts: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _shift(half: NDArray[np.uint64], *, by: NDArray[np.uint64], key: np.uint64, size: int) -> None:
-    """Add to ``half``, in place and modulo ``size``, a keyed pseudorandom function of ``by``."""
+def _amounts(by: NDArray[np.uint64], *, key: np.uint64, size: int) -> NDArray[np.uint64]:
+    """What a round adds to one half, from ``[0, size)``: a keyed pseudorandom function of the other half."""
     bits = (size - 1).bit_length()
-    amount = _mix(by ^ key)
+    amounts = _mix(by ^ key)
     # As many high bits of the hash as leave room for the product: an even choice from [0, size), no division.
-    amount >>= np.uint64(bits)
-    amount *= np.uint64(size)
-    amount >>= np.uint64(64 - bits)
-    half += amount
-    np.subtract(half, np.uint64(size), out=amount)  # wraps to a huge number where half < size, so that
-    np.minimum(half, amount, out=half)  # the lesser of the two is half modulo size
+    amounts >>= np.uint64(bits)
+    amounts *= np.uint64(size)
+    amounts >>= np.uint64(64 - bits)
+    return amounts
 
 
 def _mix(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:

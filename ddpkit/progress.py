@@ -26,7 +26,7 @@ class Lines(Callback):
 
     def on_record(self, run: Run, kind: str, values: Mapping[str, float], clock: Mapping[str, float]) -> None:
         """Log a line."""
-        if run.rt.is_main:
+        if run.rt.is_main and log.isEnabledFor(logging.INFO):
             log.info("%s  epoch %d  step %d  %s", kind, run.progress.epoch, run.progress.step, shown(values, clock))
 
 

@@ -56,6 +56,7 @@ class Answer:
         collectives: how many of the process group's it has begun.
         at: the user's line that it is at.
         stack: its Python stack, the innermost frames.
+        is_busy: its main thread computes.
     """
 
     phase: str
@@ -65,6 +66,7 @@ class Answer:
     collectives: int
     at: str
     stack: list[str] = field(default_factory=list)
+    is_busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ def place(heartbeat: Heartbeat) -> Answer:
     stack = traceback.extract_stack(frame)
     users = [each for each in stack if _is_users(each.filename)]
     at = users[-1] if users else stack[-1]
-    waits_for = heartbeat.waits_for
-    if waits_for is None and innermost.startswith(_COLLECTIVE) and not _is_busy(main):
+    waits_for, is_busy = heartbeat.waits_for, _is_busy(main)
+    if waits_for is None and innermost.startswith(_COLLECTIVE) and not is_busy:
         waits_for = "a collective"
     return Answer(
         phase=heartbeat.phase,
@@ -99,6 +101,7 @@ def place(heartbeat: Heartbeat) -> Answer:
         collectives=collectives(),
         at=f"{at.filename}:{at.lineno} in {at.name}: {at.line}",
         stack=[line.rstrip("\n") for line in traceback.format_list(stack[-_FRAMES:])],
+        is_busy=is_busy,
     )
 
 
@@ -228,23 +231,31 @@ def explain_timeout(
 # ---------------------------------------------------------------------- what it means
 
 
-def judge(answers: Mapping[int, Answer | None], silence: Callable[[int], str], timeout_s: float) -> Verdict:
+def judge(
+    answers: Mapping[int, Answer | None], silence: Callable[[int], str], timeout_s: float, is_stopping: bool = False
+) -> Verdict:
     """Say who is late, and whether that cannot go on.
 
     Args:
         answers: by rank.
         silence: what is known of a rank without an answer.
         timeout_s: seconds without anything done that are too long.
+        is_stopping: all have been asked to stop. Then a rank that does nothing is stuck though no other one waits for
+            it; and since the time is short, one that computes is not.
     """
     silent = [rank for rank, answer in answers.items() if answer is None]
     there = {rank: answer for rank, answer in answers.items() if answer is not None}
     waiting = {rank: answer for rank, answer in there.items() if _waits(answer, there, timeout_s)}
     late = {rank: answer for rank, answer in there.items() if rank not in waiting}
     # Half of it: the late ones began what they are at a little later than those that now wait for them.
-    stuck = [rank for rank, each in late.items() if each.phase not in _EXEMPT and each.still_s >= timeout_s / 2]
+    stuck = [
+        rank
+        for rank, each in late.items()
+        if each.phase not in _EXEMPT and each.still_s >= timeout_s / 2 and not (is_stopping and each.is_busy)
+    ]
     lines = [f"rank {rank} {silence(rank)}" for rank in silent]
     lines += [f"rank {rank} {_where(answer)}" for rank, answer in late.items()]
-    if not waiting:
+    if not waiting and not (is_stopping and stuck):
         return Verdict(False, "\n".join(["no rank waits for another:", *lines, *_stacks(late)]))
     waits = [f"rank {rank} waits for {_for(answer)}" for rank, answer in waiting.items()]
     if not late and not silent:

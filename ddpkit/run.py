@@ -27,6 +27,7 @@ from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, SaveFailed, UserError
 from ddpkit.loader import Loader
+from ddpkit.means import RankMeans
 from ddpkit.measuring import Gauges, StepClock
 from ddpkit.model import unwrap
 from ddpkit.permutation import derive
@@ -134,6 +135,7 @@ class Run:
         self._attempt = attempt
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
+        self._means = RankMeans(rt.ranks, rt.device)
         self._failures = 0
         self._saved: dict[str, Any] | None = None
         self._tried_at = time.monotonic()
@@ -480,8 +482,11 @@ class Run:
         part = self._loader.current if self._loader is not None else None
         if weight is None:
             weight = 1.0 if part is None else float(part.size)
+        late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
+        own = {name: _number(value) for name, value in values.items()}
         measured = self._clock.means() | self._gauges.read(self.progress.step)
-        means, save_now = self._means(values | {f"{_TIME}{name}": value for name, value in measured.items()}, weight)
+        own |= {f"{_TIME}{name}": value for name, value in measured.items()}
+        means, save_now = self._means.of(own, weight, asks=late and self._rt.is_main)
         self._save_is_due |= save_now
         clock = {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
@@ -489,21 +494,6 @@ class Run:
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
         self._write("train", means, {"step_s": elapsed / max(steps, 1), "samples_per_s": rate} | clock)
-
-    def _means(self, values: Mapping[str, Any], weight: float) -> tuple[dict[str, float], bool]:
-        """Weighted means over ranks, and whether rank zero's clock asks for a save: one exchange for both.
-
-        By the store, not by an all-reduce, which would hang if a step named other values on one rank than on another;
-        such a value's mean is that of the ranks which gave it.
-        """
-        late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
-        own = {name: _number(value) for name, value in values.items()} if weight else {}  # of nothing: NaN
-        told = self._rt.ranks.exchange("recorded", [weight, own, late])
-        means = {}
-        for name in dict.fromkeys(name for _, given, _ in told for name in given):
-            counted = [(weight, given[name]) for weight, given, _ in told if name in given]
-            means[name] = sum(weight * value for weight, value in counted) / sum(weight for weight, _ in counted)
-        return means, bool(told[0][2])
 
     def _save(self, must: bool = False) -> None:
         self._save_is_due = False

@@ -17,8 +17,9 @@ from torch.utils.data import Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from ddpkit.errors import UserError
+from ddpkit.generators import HostGenerators
 from ddpkit.permutation import Permutation, derive
-from ddpkit.seeding import epoch_key, host_generators_kept, seed_host_generators
+from ddpkit.seeding import epoch_key, seed_host_generators
 from ddpkit.world import World
 
 _BLOCK = 8192  # positions permuted at once: numpy's cost per call no longer shows (an epoch's first block is one batch)
@@ -153,7 +154,7 @@ class SampledOrder:
     def _of(self, epoch: int) -> list[Any]:
         if self._drawn[0] != epoch:
             _set_epoch(self._sampler, epoch)
-            with host_generators_kept():
+            with HostGenerators().kept():
                 seed_host_generators(epoch_key(self._seed, "sampler", epoch))
                 if self._generator is not None:
                     self._generator.manual_seed(epoch_key(self._generator_seed, "sampler", epoch))
@@ -254,45 +255,33 @@ class Plan:
     def fetches(self, epoch: int, position: int) -> Iterator[Fetch]:
         """All passes from ``position`` on. Seeking is arithmetic: nothing before it is computed."""
         key, end = epoch_key(self.seed, "sample", epoch), self.stop
-        steps_in_block = 1
+        steps = 1
         while position < end:
-            block_end = min(position + steps_in_block * self.global_batch_size, end)
-            parts: list[Pass] = []
-            for start in range(position, block_end, self.global_batch_size):
-                parts += self._step(start, min(start + self.global_batch_size, end))
-            yield from self._block(epoch, key, parts)
-            position = block_end
-            steps_in_block = max(1, min(steps_in_block * 8, _BLOCK // self.global_batch_size))
+            batch_size = min(self.global_batch_size, end - position)  # the epoch's last one may be smaller
+            steps = min(steps, (end - position) // batch_size)
+            yield from self._block(epoch, key, range(position, position + steps * batch_size, batch_size))
+            position += steps * batch_size
+            steps = max(1, min(steps * 8, _BLOCK // self.global_batch_size))
 
-    def _step(self, start: int, stop: int) -> list[Pass]:
-        return passes(start, stop, self.micro_batch_size, self.world.rank, self.world.world_size)
-
-    def _block(self, epoch: int, key: int, parts: list[Pass]) -> Iterator[Fetch]:
-        # A pass without samples fetches one, to have a batch to take nothing of.
-        firsts = [part.start if part.size else part.batch_start for part in parts]
-        counts = [part.size or 1 for part in parts]
-        items = self.order.items(epoch, self._positions(parts, firsts, counts))
-        taken = 0
-        for part, count in zip(parts, counts, strict=True):
-            yield Fetch(part, items[taken : taken + count], key)
-            taken += count
-
-    def _positions(
-        self, parts: list[Pass], firsts: list[int], counts: list[int]
-    ) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The runs ``[first, first + count)``, one after the other."""
+    def _block(self, epoch: int, key: int, batch_starts: range) -> Iterator[Fetch]:
+        """The passes of several steps of one size: those of the first one, again and again further on."""
+        batch_size = batch_starts.step
+        parts = passes(0, batch_size, self.micro_batch_size, self.world.rank, self.world.world_size)
+        counts = [part.size or 1 for part in parts]  # a pass without samples fetches one, to take nothing of it
+        within = np.concatenate(
+            [np.arange(count) + (part.start if part.size else 0) for part, count in zip(parts, counts, strict=True)]
+        )
+        starts = np.array(batch_starts)
         if isinstance(self.order, DistributedOrder):
             # Its lists are per rank: the batch's place in this rank's own list, plus the place within the share.
-            world_size = self.world.world_size
-            shares = [split(part.batch_start, part.batch_stop, self.world.rank, world_size)[0] for part in parts]
-            firsts = [
-                first + part.batch_start // world_size - share
-                for part, first, share in zip(parts, firsts, shares, strict=True)
-            ]
-        lengths = np.array(counts, dtype=np.int64)
-        offsets = np.array(firsts, dtype=np.int64) - (np.cumsum(lengths) - lengths)
-        positions: np.ndarray[Any, np.dtype[np.int64]] = np.arange(lengths.sum()) + np.repeat(offsets, lengths)
-        return positions
+            starts, within = starts // self.world.world_size, within - parts[0].start
+        items = self.order.items(epoch, np.add.outer(starts, within).reshape(-1))
+        taken = 0
+        for batch_start in batch_starts:
+            for (start, stop, _, _, is_last), count in zip(parts, counts, strict=True):
+                part = Pass(batch_start + start, batch_start + stop, batch_start, batch_start + batch_size, is_last)
+                yield Fetch(part, items[taken : taken + count], key)
+                taken += count
 
 
 def make_order(

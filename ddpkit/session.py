@@ -19,8 +19,8 @@ from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distrib
 from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
+from ddpkit import launched, rendezvous, requeue, rollcall
 from ddpkit import model as models
-from ddpkit import rendezvous, requeue, rollcall
 from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
 from ddpkit.checkpoint import listing as checkpoints
@@ -88,6 +88,7 @@ class Runtime:
         self._loaders: list[Loader] = []
         self._has_own_stream = False
         self._entry = 0
+        self._launched = launched.surrounding()
         self.ranks: Ranks
         self.stop: StopVote
 
@@ -101,7 +102,7 @@ class Runtime:
             ):
                 self._form_group()
             self.stop = self._stack.enter_context(StopVote(self.world, requests, self._connect, self.heartbeat))
-            watch = StallWatch(self.world, self._connect, self.heartbeat, self._stall_timeout_s)
+            watch = StallWatch(self.world, self._connect, self.heartbeat, self._stall_timeout_s, self.stop)
             self._stack.enter_context(watch)
             if self.world.allocation is not None and self.is_main:
                 self._stack.enter_context(
@@ -112,6 +113,7 @@ class Runtime:
         except BaseException:
             self._stack.close()
             raise
+        self._launched.begun()
         return self
 
     def __exit__(
@@ -380,6 +382,7 @@ class Runtime:
     def _come_back_before_the_group(self, signal_name: str) -> None:
         if self.is_main and (allocation := self._own_allocation) is not None:
             self._come_back(allocation, signal_name)
+        self._launched.stopped()
 
     def _come_back(self, allocation: Allocation, signal_name: str | None) -> None:
         directory = checkpoints.checkpoints_directory(self._run_dir) if self._run_dir is not None else None
@@ -498,9 +501,11 @@ def runtime(
     Args:
         seed: of everything random.
         backend: "auto" takes nccl on GPUs and gloo on CPU; "gloo" stays on the CPU.
-        timeout_s: of collectives, in seconds.
+        timeout_s: of collectives, in seconds. What a launcher of ddpkit's was told (``-o launch.timeout_s``) counts
+            instead.
         stall_timeout_s: seconds without any progress, while ranks wait for each other, after which each is asked where
-            it is, and the run ends.
+            it is, and the run ends; two minutes at most once a stop has been asked for. ``-o launch.stall_timeout_s``
+            counts instead.
         warning_signal: under Slurm, the signal that comes before the time limit ("USR1", "USR2" or "HUP"); it asks for
             a stop, as SIGTERM does.
         max_idle_requeues: under Slurm, how often in a row a job comes back without having got any further.
@@ -511,12 +516,13 @@ def runtime(
     """
     if warning_signal not in ("USR1", "USR2", "HUP"):
         raise UserError(f"runtime: warning_signal={warning_signal!r}; choose USR1, USR2 or HUP")
+    told = launched.surrounding()
     return Runtime(
         world or World.from_env(),
         seed=seed,
         backend=backend,
-        timeout_s=timeout_s,
-        stall_timeout_s=stall_timeout_s,
+        timeout_s=timeout_s if told.timeout_s is None else told.timeout_s,
+        stall_timeout_s=stall_timeout_s if told.stall_timeout_s is None else told.stall_timeout_s,
         warning_signal=warning_signal,
         max_idle_requeues=max_idle_requeues,
     )

@@ -185,6 +185,19 @@ class StopVote:
         return self._requests.reason is not None
 
     @property
+    def is_known(self) -> bool:
+        """Whether a stop has been asked for, here or, as far as this rank knows, elsewhere."""
+        return self.is_requested or self._answered
+
+    def listen(self, seconds: float) -> None:
+        """In a single process, which has no thread here: return when it is asked to stop, woken, or after a time."""
+        self._requests.wait(seconds)
+
+    def wake(self) -> None:
+        """End a `listen` in another thread."""
+        self._requests.wake()
+
+    @property
     def latency_s(self) -> float:
         """Seconds since the first request that this rank knows of, its own or another's. After `poll` has told."""
         since = self._since if self._store is not None else self._requests.since

@@ -60,7 +60,10 @@ def check(me: World | None = None) -> list[str]:
         ranks = Ranks(me, PrefixStore(AGREEMENTS, store))
         address = own_address(me)
         port = stack.enter_context(_listening(address))
-        offers = ranks.exchange("the roll-call", [me.host, address, port], _MEET_S)
+        told = ranks.exchange("the roll-call", [[me.host, address, port], _wrong_interface(me)], _MEET_S)
+        offers = [offer for offer, _ in told]
+        if wrong := [line for _, line in told if line is not None]:
+            return list(dict.fromkeys(wrong))  # one for each machine
         failed = [line for lines in ranks.exchange("pairs", _try_all(me, offers), 2 * _MEET_S) for line in lines]
         if not failed:
             failed = [line for line in ranks.exchange("group", _try_together(me, store), 2 * _MEET_S) if line]
@@ -105,6 +108,16 @@ def _in_words(error: Exception) -> str:
     if "Ping failed" in str(error):
         return "what listens there is no store of torch's, but something else: another program, or a proxy in between"
     return str(error).partition("\n")[0]
+
+
+def _wrong_interface(me: World) -> str | None:
+    """gloo would say so in its own words, on every rank."""
+    chosen = world.environment().get("GLOO_SOCKET_IFNAME", "")
+    there = psutil.net_if_addrs()
+    missing = [name for name in chosen.split(",") if name and name not in there]
+    if not missing:
+        return None
+    return f"GLOO_SOCKET_IFNAME={chosen}: {me.host} has no network interface {missing[0]}; it has {', '.join(there)}"
 
 
 def own_address(me: World) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from ddpkit.checkpoint.listing import checkpoints_directory
 from ddpkit.checkpoint.store import CheckpointStore
 from ddpkit.config import Config, Steps, dump, from_tree
 from ddpkit.config import Loader as LoaderConfig
-from ddpkit.errors import ConfigError, UserError
+from ddpkit.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StopRequested, UserError
 from ddpkit.evaluate import evaluate
 from ddpkit.fetching import LoaderOptions
 from ddpkit.initializing import initialize
@@ -52,22 +53,39 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
     world = World.from_env()
     check(config, world)
     launch = config.launch
-    with Runtime(
-        world,
-        seed=config.seed,
-        backend=launch.backend,
-        timeout_s=launch.timeout_s,
-        stall_timeout_s=launch.stall_timeout_s,
-        warning_signal=launch.warning_signal,
-        max_idle_requeues=launch.max_idle_requeues,
-        run_dir=Path(config.run_dir) if kind == "run" else None,
-    ) as rt:
+    with (
+        Runtime(
+            world,
+            seed=config.seed,
+            backend=launch.backend,
+            timeout_s=launch.timeout_s,
+            stall_timeout_s=launch.stall_timeout_s,
+            warning_signal=launch.warning_signal,
+            max_idle_requeues=launch.max_idle_requeues,
+            run_dir=Path(config.run_dir) if kind == "run" else None,
+        ) as rt,
+        _no_leaving(kind),
+    ):
         if kind == "run":
             record = options.get("config") or dump(config)
             attempt = Attempt(options["attempt"], options.get("launcher_pid"), record)
             train(rt, config, attempt, options.get("terminal"))
         else:
             evaluate_checkpoint(rt, config, options.get("step"))
+
+
+@contextmanager
+def _no_leaving(kind: str) -> Iterator[None]:
+    """What the config refers to may not leave as if all were well: the other ranks go on, and wait for this one."""
+    try:
+        yield
+    except SystemExit as leaving:
+        if isinstance(leaving, StopRequested) or leaving.code not in (None, EXIT_DONE, EXIT_STOPPED):
+            raise
+        raise RuntimeError(
+            f"sys.exit({'' if leaving.code is None else leaving.code}) in the middle of the {kind}; an exception says "
+            "what is wrong, and train.max_steps or a signal ends it in order"
+        ) from leaving
 
 
 def check(config: Config, world: World) -> None:

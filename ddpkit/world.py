@@ -268,6 +268,7 @@ def _standard(env: Mapping[str, str]) -> World | None:
         ),
     )
     _check(world, names, numbered_by_node="LOCAL_RANK" in env and "LOCAL_WORLD_SIZE" in env)
+    _check_against_step(env, world)
     if world_size > 1 and (world.master_addr is None or world.master_port is None):
         name = "MASTER_ADDR" if world.master_addr is None else "MASTER_PORT"
         raise UserError(
@@ -409,7 +410,7 @@ def _is_set(env: Mapping[str, str], names: Sequence[str], rule: str) -> bool:
 def _met(env: Mapping[str, str], world: World) -> World:
     """Add where the ranks meet, as far as somebody has said so."""
     port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else None
-    return replace(world, master_addr=env.get("MASTER_ADDR"), master_port=port)
+    return replace(world, master_addr=env.get("MASTER_ADDR") or None, master_port=port)  # empty: nobody's word
 
 
 def _check(world: World, names: _Names, *, numbered_by_node: bool) -> None:
@@ -433,6 +434,26 @@ def _check(world: World, names: _Names, *, numbered_by_node: bool) -> None:
         )
     if world.master_port is not None and not 0 < world.master_port < 1 << 16:
         raise UserError(f"MASTER_PORT={world.master_port} is no port: they go from 1 to 65535")
+
+
+def _check_against_step(env: Mapping[str, str], world: World) -> None:
+    """What a person has set for all tasks of a Slurm step alike: each would be alone, and rank 0.
+
+    A launcher of one's own in each task may have made several ranks of it; they are those of the task, in its order.
+    """
+    has_launcher = any(name in env for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"))
+    is_mpi = any(name in env for name in ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID"))  # whose helpers are the tasks
+    given = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+    if has_launcher or is_mpi or not (_has_step(env) and all(name in env for name in given)):
+        return
+    task, tasks = (_number(env, name) for name in given)
+    if tasks <= 1 or (world.world_size % tasks == 0 and world.rank // (world.world_size // tasks) == task):
+        return
+    raise UserError(
+        f"RANK={world.rank} and WORLD_SIZE={world.world_size} contradict SLURM_PROCID={task} and SLURM_STEP_NUM_TASKS="
+        f"{tasks}: this is one of {tasks} tasks of a Slurm step. Unset RANK and WORLD_SIZE to be rank {task} of "
+        f"{tasks}; unset SLURM_STEP_ID for what they say."
+    )
 
 
 _LAST_STEP = 0xFFFFFFF0  # above it, Slurm numbers the shells that it starts itself: batch, interactive

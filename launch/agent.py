@@ -26,7 +26,7 @@ from ddpkit import world
 from ddpkit.errors import UserError
 from ddpkit.orphans import adopt_orphans, on_parents_death
 
-from .job import STOP_SIGNALS, Terms
+from .job import HELD_SIGNALS, STOP_SIGNALS, Terms
 from .lines import Lines
 from .memory import Watch
 from .node import end_descendants, start_guard
@@ -103,7 +103,7 @@ class _Agent:
         # Its warnings and errors repeat what our own report says, without the cause.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         # Ranks inherit this: a stop that comes early waits until they can stop in order.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
         terms = self._terms
         rendezvous_handler_registry.register(meeting.NAME, self._open_meeting)
         config = LaunchConfig(

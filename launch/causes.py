@@ -10,16 +10,19 @@ from __future__ import annotations
 import re
 import signal
 import sysconfig
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing.process import BaseProcess
 
 from .job import Failure
 from .memory import PERHAPS_THE_KERNEL, WORKER_DIED
 
 ENDED_BY_US = "ended by the launcher, as it did not end by itself"
 WAITED = "ended by the launcher while it waited for others"
+LEFT_EARLY = "left with exit code {code} while others were still at work"
+LEFT_RUN = "left with exit code {code} before the run was done"
 
 _CONSEQUENCE_KINDS = {
     "RankFailed",
@@ -44,6 +47,9 @@ _CONSEQUENCE_TEXTS = (
 _WRAPPED = re.compile(r"Caught (\w+) in (.+?)\.\nOriginal (Traceback .*)", re.DOTALL)
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
 _FRAME = re.compile(r'  File "(.*)", line \d+')
+_LOADER = "/torch/utils/data/dataloader.py"
+_LOST = (ConnectionError, EOFError)
+_DYING_S = 1.0  # a process's connections are closed a moment before its parent can see its end
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,11 @@ def cause_of(error: BaseException) -> Cause:
     is_consequence = any(is_consequence_like(type(each).__name__, str(each)) for each in chain)
     if isinstance(error, RuntimeError) and (deaths := [found for each in chain if (found := _DEATH.match(str(each)))]):
         # Of several that tell of the same death, the innermost knows how the worker ended.
-        return Cause(WORKER_DIED, _of_worker(deaths[-1]), _where_users_code_was(error), is_consequence)
+        text = _of_worker(deaths[-1], {worker.pid: worker.exitcode for worker in _workers(chain)})
+        return Cause(WORKER_DIED, text, _where_users_code_was(error), is_consequence)
+    if any(map(_is_lost_connection, chain)) and (dead := _first_to_die(_workers(chain))) is not None:
+        text = f"the loader worker with pid {dead.pid} {_ended(dead.exitcode)}"
+        return Cause(WORKER_DIED, text, _where_users_code_was(error), is_consequence)
     if found := _WRAPPED.match(str(error)):
         kind, place, text = found.groups()
         text = _without_machinery(text)
@@ -121,15 +131,49 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
-def _of_worker(death: re.Match[str]) -> str:
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether somebody was not there any more; not where a worker has come across that, and has lived to tell of it."""
+    return isinstance(error, _LOST) and " in DataLoader worker process " not in str(error)
+
+
+def _workers(chain: list[BaseException]) -> list[BaseProcess]:
+    """The workers of the DataLoaders that the exceptions have passed on their way."""
+    found: dict[int, BaseProcess] = {}
+    for error in chain:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename.endswith(_LOADER):
+                workers = getattr(frame.f_locals.get("self"), "_workers", ())
+                found |= {id(worker): worker for worker in workers}
+    return list(found.values())
+
+
+def _first_to_die(workers: list[BaseProcess]) -> BaseProcess | None:
+    """One that has ended in error, or is about to: all that has been seen of it is that it is not there any more."""
+    deadline = time.monotonic() + _DYING_S
+    while workers:
+        dead = [worker for worker in workers if worker.exitcode]
+        if dead or time.monotonic() > deadline:
+            # SIGTERM is what torch itself ends the others with.
+            return min(dead, key=lambda worker: worker.exitcode == -signal.SIGTERM, default=None)
+        time.sleep(0.01)
+    return None
+
+
+def _ended(exit_code: int | None) -> str:
+    if not exit_code:
+        return "ended without a word"
+    return f"was ended by {explain(exit_code)}" if exit_code < 0 else f"ended its process with exit code {exit_code}"
+
+
+def _of_worker(death: re.Match[str], exit_codes: dict[int | None, int | None]) -> str:
     pids, how = death.groups()
     if found := re.match(r"is killed by signal: (.*?)\. ", how):
         number = next((each for each in signal.Signals if signal.strsignal(each) == found[1]), None)
-        end = f"was ended by {found[1] if number is None else explain(-number)}"
+        end = f"was ended by {found[1]}" if number is None else _ended(-number)
     elif found := re.search(r"with exit code (\d+)", how):
-        end = f"ended its process with exit code {found[1]}"
-    else:
-        end = "ended without a word"
+        end = _ended(int(found[1]))
+    else:  # torch has asked whether they live, and not how they have ended
+        end = _ended(next((exit_codes[int(pid)] for pid in pids.split(",") if int(pid) in exit_codes), None))
     return f"the loader worker with pid {pids} {end}"
 
 
@@ -158,7 +202,12 @@ def _without_machinery(text: str) -> str:
 def _where_users_code_was(error: BaseException) -> str:
     """The traceback down to the last line that belongs to no library."""
     frames = traceback.extract_tb(error.__traceback__)
-    libraries = tuple(str(Path(sysconfig.get_path(name))) for name in ("stdlib", "purelib", "platlib"))
-    while frames and frames[-1].filename.startswith((*libraries, "<")):
+    while frames and _is_library(frames[-1].filename):
         frames.pop()
     return "".join(["Traceback (most recent call last):\n", *frames.format()]) if frames else ""
+
+
+def _is_library(file: str) -> bool:
+    # Those of an environment may lie in another one, on which it is built.
+    is_installed = "/site-packages/" in file or "/dist-packages/" in file
+    return is_installed or file.startswith((sysconfig.get_path("stdlib") + "/", "<"))

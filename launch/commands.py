@@ -76,12 +76,8 @@ def launch(arguments: Namespace) -> int:
     settings = configs.load_launch(overrides)
     if settings.launcher == "inline":
         raise UserError("launch.launcher: inline is for `ddpkit run`; start a single script with python itself")
-    for key in ("timeout_s", "stall_timeout_s"):
-        if key in settings.model_fields_set:
-            raise UserError(
-                f"launch.{key}: a script gives it to its own runtime: ddpkit.runtime({key}={getattr(settings, key):g})"
-            )
-    job = _script_job(arguments)
+    told = settings.model_fields_set & {"timeout_s", "stall_timeout_s"}
+    job = replace(_script_job(arguments), runtime={key: getattr(settings, key) for key in sorted(told)})
     is_chosen = settings.launcher == "slurm" and arguments.run_dir is None
     run_dir = slurm.new_home(_name(job)) if is_chosen else arguments.run_dir
     plan = plans.make(
@@ -274,8 +270,20 @@ def _script_job(arguments: Namespace) -> Job:
         raise UserError(f"launch: there is no file {script} in {Path.cwd()}")
     # What python puts first on the path: the folder that the script really lies in; a folder or an archive itself.
     is_code = Path(script).is_file() and not zipfile.is_zipfile(script)
+    if not is_code and not _has_main(Path(script)):
+        raise UserError(f"launch: {script} has no __main__.py, so there is nothing in it to launch")
     first = Path(script).resolve().parent if is_code else Path(script).absolute()
     return Job("script", target=script, argv=tuple(argv), search_path=(str(first),))
+
+
+def _has_main(place: Path) -> bool:
+    """Whether python finds what to run in a folder, or in an archive."""
+    if place.is_dir():
+        names = [path.name for path in place.iterdir()]
+    else:
+        with zipfile.ZipFile(place) as archive:
+            names = archive.namelist()
+    return not {"__main__.py", "__main__.pyc"}.isdisjoint(names)
 
 
 def _check_same_run(config: Config, run_dir: Path, accepted: list[str]) -> None:

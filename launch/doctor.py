@@ -96,7 +96,7 @@ def _examine_here(here: World) -> int:
         return EXIT_FAILED
     except DdpkitError as error:
         _say([str(error)])
-        return EXIT_FAILED
+        return error.exit_code
     if here.is_main:
         _conclude(problems, f"{here.world_size} rank(s) of {here.source.partition(',')[0]}", started)
     return EXIT_FAILED if problems else EXIT_DONE
@@ -104,7 +104,13 @@ def _examine_here(here: World) -> int:
 
 def _give_up(here: World) -> None:
     """Some of torch's waits have no end, such as one for a port on which something else listens."""
-    _say([f"rank {here.rank} on {here.host} still waits after {_LIMIT_S:g} s; somebody listens, and does not answer"])
+    where = here.master_addr if here.master_port is None else f"{here.master_addr}:{here.master_port}"
+    _say(
+        [
+            f"rank {here.rank} on {here.host} still waits after {_LIMIT_S:g} s: something listens at {where}, and does "
+            "not answer as rank 0 would. Set MASTER_PORT to a free port, the same on all ranks"
+        ]
+    )
     os._exit(EXIT_FAILED)
 
 

@@ -21,7 +21,8 @@ from ddpkit.errors import EXIT_FAILED, EXIT_STOPPED, DdpkitError, UserError
 from .attempts import AttemptFile, report_failure
 from .causes import follows, order_by_cause
 from .job import Failure, Job, Terms
-from .supervise import LaunchFailed, Node, Outcome, Rank
+from .ranks import Outcome, Rank
+from .supervise import LaunchFailed, Node
 
 _JOIN_S = 900  # as torchrun waits
 _HEAR_S = 0.6  # for what other launchers have told already
@@ -111,7 +112,7 @@ class ElasticNode(Node):
             if self._stopped is not None:
                 raise self._why_stopped(self._stopped)
             self._handle_events(timeout_s=None)
-            self.ends_now = self.ends_now or self._requested is not None  # nothing has begun
+            self.ends_now = self.ends_now or self.requests.first is not None  # nothing has begun
 
     def _why_stopped(self, error: DdpkitError) -> DdpkitError:
         """What has kept the agent from starting ranks here: perhaps those of another machine, which were faster."""
@@ -134,6 +135,11 @@ class ElasticNode(Node):
             rank.rank = first + place
             rank.order = replace(rank.order, rank=rank.rank)
         self._send(do="start", job=job.to_json(), ranks=[vars(rank.order) for rank in self._ranks])
+        self._are_started = True
+
+    def _have_begun(self) -> bool:
+        # With several machines the others' ranks wait for those here, and are to stop with them.
+        return super()._have_begun() or (self._are_started and not self._terms.alone)
 
     def _take(self, message: dict[str, Any]) -> None:
         super()._take(message)
@@ -176,6 +182,8 @@ class ElasticNode(Node):
     def _outcome(self) -> Outcome:
         told = self._rounds[self._current]
         wait_s = 0.0 if self._terms.alone else _HEAR_S if told.regroups else _SETTLE_S
+        if not self._terms.alone:
+            self._own_up(told)
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline and not (self._is_settled() or self._lost or self.ends_now):
             self._handle_events(timeout_s=0.2)
@@ -183,9 +191,16 @@ class ElasticNode(Node):
             self._blame_the_silent(told)
         outcome = super()._outcome()
         # The agent restarts ranks also where those of another machine have failed, which is another thing.
-        if told.regroups and self._requested is None and all(map(_was_ended, outcome.failures)):
+        if told.regroups and self.requests.first is None and all(map(_was_ended, outcome.failures)):
             return replace(outcome, exit_code=EXIT_STOPPED, failures=(), is_saved=False, regroups=True)
         return outcome
+
+    def _own_up(self, told: _Round) -> None:
+        """Tell of ranks here that have left, if all that is told of is what others see of that."""
+        failures = self._failures()
+        if failures and not told.regroups and all(map(follows, failures)):
+            for left in self._left():
+                self._send(do="tell", failure=left.to_json())
 
     def _blame_the_silent(self, told: _Round) -> None:
         """Where nobody has a failure of its own to tell of, a machine that tells of nothing is the cause."""
@@ -200,8 +215,8 @@ class ElasticNode(Node):
             told.hosts[first // self._nproc],
             when=0.0,
             exit_code=EXIT_FAILED,
-            message=f"nothing has been heard of {ranks}, and the others have lost their connection: that machine is "
-            "down, or cut off, or its launcher was killed there",
+            message=f"nothing has been heard of {ranks}, and the others have lost their connection: they have "
+            "left, or that machine is down, or cut off, or its launcher was killed there",
         )
         told.order[first] = 0
 

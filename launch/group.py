@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ddpkit import requeue, slurm, world
 from ddpkit.checkpoint import listing
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, DdpkitError, NoProgress
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DdpkitError, NoProgress
 from ddpkit.record import Recorder
 from ddpkit.world import Allocation
 
@@ -22,7 +22,9 @@ from .attempts import AttemptFile, begin, count_saved, follow, report_failure
 from .job import STOP_SIGNALS
 from .output import Output
 from .plan import Plan
-from .supervise import Node, Outcome, holding_back, passing_on_signals, signal_number
+from .ranks import Outcome
+from .requests import holding_back, passing_on_signals, signal_number
+from .supervise import Node
 
 _BEFORE_THE_LIMIT_S = 2.0  # a job that has come to its time limit is not started again, unless it asks in time
 _NEAR_THE_END_S = 300.0  # ranks that stop unasked do so for the end of their allocation, if that is so near
@@ -35,7 +37,7 @@ class Ended:
     Attributes:
         exit_code: of the command.
         outcome: of the last attempt; None if that could not be started.
-        report: what was said about a failure.
+        report: what was said about an end that is neither that of the work nor an agreed stop.
         comes_back: Slurm will start the whole job again.
     """
 
@@ -84,9 +86,11 @@ def _attempts(
     goes_on = "run it again to continue"
     if allocation is not None:
         goes_on = "it goes on when the job comes back, or is submitted again"
-        node.insistent = frozenset({signal.SIGINT})  # Slurm warns, and sends SIGTERM later, without being impatient
-        node.time_left = partial(_time_left, allocation, plan.warning_signal)
-    with node, passing_on_signals(node, signals):
+        # Slurm warns, and sends SIGTERM later, without being impatient.
+        node.requests.insistent = frozenset({signal.SIGINT})
+        node.patience.time_left = partial(_time_left, allocation, plan.warning_signal)
+    node.is_run = plan.job.is_run
+    with node, passing_on_signals(node.requests, signals):
         restart_count = 0
         while True:
             if attempt is None:
@@ -135,12 +139,18 @@ def _attempt(plan: Plan, node: Node, attempt: AttemptFile, restart_count: int, g
     how = _how(outcome)
     attempt.end(how, outcome.exit_code)
     report = None
+    if plan.job.runtime and outcome.exit_code == EXIT_DONE and not outcome.has_begun:
+        keys = " and ".join(f"launch.{key}" for key in plan.job.runtime)
+        _say(f"{keys}: of no effect, as no rank has entered ddpkit.runtime()")
     if outcome.failures:
         first = outcome.failures[0]
         report = first.message if first.is_users_input else report_failure(outcome.failures, attempt)
         _say(report)
+    elif outcome.is_saved and not outcome.regroups:
+        _say(f"{how}, {_what_is_saved(plan, attempt.run_dir)}; {goes_on}")
     elif outcome.exit_code != EXIT_DONE and not outcome.regroups:
-        _say(f"{how}, {_what_is_saved(plan, attempt.run_dir)}; {goes_on}" if outcome.is_saved else how)
+        report = how
+        _say(report)
     return Ended(outcome.exit_code, outcome, report)
 
 
@@ -158,7 +168,12 @@ def _how(outcome: Outcome) -> str:
     if outcome.exit_code == EXIT_DONE:
         return "done"
     by = f" ({outcome.stopped_by})" if outcome.stopped_by else ""  # a script may stop by itself
-    return f"stopped on request{by}" if outcome.is_saved else f"ended by {outcome.stopped_by}"
+    if outcome.is_saved:
+        return f"stopped on request{by}"
+    if outcome.exit_code == EXIT_STOPPED:
+        after = f" after {outcome.stopped_by}" if outcome.stopped_by else ""
+        return f"the script left by itself{after}, with exit code {EXIT_STOPPED}"
+    return f"ended by {outcome.stopped_by}"
 
 
 def _come_back(plan: Plan, allocation: Allocation, attempt: AttemptFile, ended: Ended) -> Ended:

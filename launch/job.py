@@ -15,6 +15,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STACK_SIGNAL = signal.SIGRTMIN + 9
 """Has a rank write where all its threads are, also from inside C++."""
 
+HELD_SIGNALS = (*STOP_SIGNALS, STACK_SIGNAL)
+"""Blocked in a new rank until it can take them: they would end it."""
+
+BEGUN, STOPPED, DONE = "begun", "stopped", "done"
+"""What a rank tells its launcher when it has come so far: it takes part in votes, it leaves by one, its job is done."""
+
 Kind = Literal["run", "eval", "script", "module", "call"]
 
 
@@ -30,6 +36,8 @@ class Job:
         argv: "script" and "module": the arguments.
         call: "call": (function, args, kwargs), by cloudpickle.
         search_path: put before ``sys.path``: what ``python`` itself would put there, or the caller's own path.
+        runtime: "script" and "module": what the launcher was told for the runtime that they may enter, by the names
+            of `ddpkit.runtime`'s arguments.
     """
 
     kind: Kind
@@ -39,6 +47,12 @@ class Job:
     argv: tuple[str, ...] = ()
     call: bytes = b""
     search_path: tuple[str, ...] = ()
+    runtime: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether ddpkit itself does it, from a config: ranks tell of what they reach, and leave together."""
+        return self.kind in ("run", "eval")
 
     def to_json(self) -> dict[str, Any]:
         """A tree that `from_json` takes back."""

@@ -11,19 +11,20 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 from ddpkit import rendezvous
-from ddpkit.errors import EXIT_STOPPED, UserError
+from ddpkit.errors import UserError
 
 from .hub import Peer
 from .job import Failure, Job
 from .output import Output
-from .supervise import LaunchFailed, Node, Outcome, Place, Rank
+from .ranks import Outcome, Place, Rank
+from .supervise import LaunchFailed, Node
 
 _GATHER_S = 600.0  # for the launchers of all nodes to come: prologs and slow file systems hold some up
 _LOOK_S = 1.0  # for the leader at a time; between two looks a stop is seen
@@ -59,7 +60,8 @@ class _Follower:
     lost: bool = False
     loss: Failure | None = None
     failures: dict[int, Failure] = field(default_factory=dict)
-    codes: list[int] = field(default_factory=list)
+    left: list[Failure] = field(default_factory=list)
+    stopped: bool = False
     results: list[str] = field(default_factory=list)
     behind_s: float = math.inf
     """What is to be added to times on its clock: no more than what any of its messages seemed to take. In one attempt,
@@ -67,8 +69,12 @@ class _Follower:
 
     def begin(self) -> None:
         """Forget the attempt before."""
-        self.ended, self.failures, self.codes, self.results = False, {}, [], []
+        self.ended, self.failures, self.left, self.stopped, self.results = False, {}, [], False, []
         self.behind_s = math.inf
+
+    def here(self, failures: Iterable[Failure]) -> list[Failure]:
+        """Its failures, in this machine's time."""
+        return [replace(failure, when=failure.when + self.behind_s) for failure in failures]
 
 
 class LeadingNode(Node):
@@ -154,8 +160,7 @@ class LeadingNode(Node):
         deadline = time.monotonic() + _GATHER_S
         while len(self._followers) < self._me.count - 1 and not self._lost:
             self._handle_events(1.0)
-            if self._requested is not None:
-                self.ends_now = True
+            if self.ends_now:
                 return
             if time.monotonic() > deadline:
                 missing = [place for place in range(1, self._me.count) if place not in self._followers]
@@ -207,11 +212,12 @@ class LeadingNode(Node):
             for tree in message.get("failures", ()):
                 failure = Failure.from_json(tree)
                 follower.failures[failure.rank] = failure
-            if "codes" in message:
-                follower.codes, follower.results = message["codes"], message["results"]
+            if "results" in message:
+                follower.left = [Failure.from_json(tree) for tree in message["left"]]
+                follower.stopped, follower.results = message["stopped"], message["results"]
                 follower.ended = True
             if "requested" in message:
-                self.request(message["requested"])
+                self.requests.add(message["requested"])
             if "problem" in message:
                 self._problem, self._lost = f"{follower.host}: {message['problem']}", True
 
@@ -243,15 +249,17 @@ class LeadingNode(Node):
 
     def _failures(self) -> list[Failure]:
         theirs = [
-            replace(failure, when=failure.when + follower.behind_s)
-            for follower in self._followers.values()
-            for failure in follower.failures.values()
+            failure for follower in self._followers.values() for failure in follower.here(follower.failures.values())
         ]
         losses = [follower.loss for follower in self._followers.values() if follower.loss is not None]
         return [*super()._failures(), *theirs, *losses]
 
+    def _left(self) -> list[Failure]:
+        theirs = [failure for follower in self._followers.values() for failure in follower.here(follower.left)]
+        return [*super()._left(), *theirs]
+
     def _some_stopped(self) -> bool:
-        return super()._some_stopped() or any(EXIT_STOPPED in each.codes for each in self._followers.values())
+        return super()._some_stopped() or any(follower.stopped for follower in self._followers.values())
 
     def _results(self) -> tuple[str, ...]:
         by_rank = sorted(self._followers.values(), key=lambda follower: follower.ranks.start)
@@ -284,7 +292,7 @@ class FollowingNode(Node):
 
     def __init__(self, nproc: int, start_method: str, env: Mapping[str, str], place: Place, me: Membership) -> None:
         super().__init__(nproc, start_method, env, place)
-        self.insistent = frozenset()  # the leader knows what a signal means
+        self.requests.insistent = frozenset()  # the leader knows what a signal means
         self._me = me
         self._orders: list[dict[str, Any]] = []
         self._is_over = False
@@ -327,7 +335,7 @@ class FollowingNode(Node):
                 port = rendezvous.find(address, self._me.meeting, _LOOK_S)
                 return socket.create_connection((address, port), timeout=_LOOK_S)
             except (rendezvous.NoMeeting, OSError) as error:  # it may come and go in between
-                if self._requests:
+                if self.requests.has_new:
                     raise LaunchFailed("asked to stop before rank 0's launcher was found") from error
                 if time.monotonic() > deadline:
                     raise LaunchFailed(f"rank 0's launcher was not found within {_GATHER_S:g} s: {error}") from error
@@ -338,13 +346,11 @@ class FollowingNode(Node):
         Raises:
             LaunchFailed: the leader is gone, or the node process here.
         """
-        while not self._orders:
-            if self._is_over:
-                return None
+        while not (self._orders or self._is_over):
             if self._lost:
                 self._outcome()  # raises, with what happened
             self._handle_events(1.0)
-        return self._orders.pop(0)
+        return None if self._is_over else self._orders.pop(0)  # one that came just before is over, too
 
     def attempt(self, job: Job, order: dict[str, Any], output: Output) -> None:
         """Run this node's ranks once, and tell the leader how they ended."""
@@ -352,7 +358,8 @@ class FollowingNode(Node):
         self.run(job, order["restart_count"], output)
         self._tell(
             failures=[failure.to_json() for failure in self._failures()],
-            codes=[rank.ended for rank in self._ranks],
+            left=[failure.to_json() for failure in self._left()],
+            stopped=self._some_stopped(),
             results=list(self._results()),
         )
 
@@ -387,11 +394,11 @@ class FollowingNode(Node):
     def _tell_failure(self, rank: Rank) -> None:
         self._tell(failures=[self._failure_of(rank).to_json()])
 
-    def _pass_on(self) -> None:
-        requests = list(self._requests)
-        super()._pass_on()
-        for number in requests:
-            self._tell(requested=int(number))
+    def _take_request(self, number: int) -> None:
+        self._tell(requested=int(number))
+
+    def _have_begun(self) -> bool:
+        return True  # the leader knows
 
     def _tell(self, **message: Any) -> None:
         if self._peer is not None:

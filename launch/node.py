@@ -35,7 +35,7 @@ from ddpkit import rendezvous, world
 from ddpkit.orphans import TIDY_S, adopt_orphans, die_with_parent, end_marked, on_parents_death, tidies_up
 
 from . import rank as rank_process
-from .job import STOP_SIGNALS, Job, RankOrder
+from .job import HELD_SIGNALS, STOP_SIGNALS, Job, RankOrder
 from .lines import Lines
 from .memory import Watch
 
@@ -192,8 +192,8 @@ def _fork(body: Callable[[], int], control: socket.socket, others: list[int]) ->
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A rank is born with the stop signals blocked: one that comes early waits until the rank can stop in order.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # A rank is born with the signals blocked: one that comes early waits until the rank can stop in order.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
     pid = os.fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -218,7 +218,7 @@ def _spawn(job: Job, order: RankOrder) -> int:
         json.dump({"job": job.to_json(), "order": vars(order)}, file)
     os.lseek(descriptor, 0, os.SEEK_SET)
     parent = os.getpid()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # as in `_fork`; it lasts through exec
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)  # as in `_fork`; it lasts through exec
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("child.py")), "rank", str(descriptor)],
         pass_fds=[descriptor, *order.descriptors],

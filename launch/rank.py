@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,21 @@ from typing import Any
 import cloudpickle
 
 from ddpkit import world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER, DdpkitError, Stalled, UserError
+from ddpkit.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER,
+    DdpkitError,
+    Stalled,
+    StopRequested,
+    UserError,
+)
+from ddpkit.launched import Launched, surrounded
 
 from .carrying import carried
 from .causes import cause_of, explain
-from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, RankOrder
+from .job import BEGUN, DONE, STACK_SIGNAL, STOP_SIGNALS, STOPPED, Failure, Job, RankOrder
 from .memory import be_killed_first
 
 
@@ -50,10 +61,17 @@ def run(job: Job, order: RankOrder) -> int:
     faulthandler.enable(all_threads=False)  # a crash in native code says where it was called from
     sys.path[0:1] = job.search_path
     faulthandler.register(STACK_SIGNAL, file=order.stacks, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [STACK_SIGNAL])
     me = os.getpid()
     _report_stalls(order, with_exception=job.kind == "call")
     try:
-        _do(job, order)
+        try:
+            with surrounded(_launched(job, order)):
+                _do(job, order)
+        except BaseException:
+            # torch's handler raises what it has to say of a dead loader worker wherever we are: here, or not at all.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            raise
     except BaseException as error:
         if os.getpid() != me:
             raise  # a process that the script has forked: what becomes of it is the script's own business
@@ -70,7 +88,15 @@ def run(job: Job, order: RankOrder) -> int:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
+    _report(order, {"reached": DONE})
+    _report(order, {"leaves": time.monotonic()})
     return EXIT_DONE
+
+
+def _launched(job: Job, order: RankOrder) -> Launched:
+    """What the job's runtime is to know."""
+    begun, stopped = (partial(_report, order, {"reached": reached}) for reached in (BEGUN, STOPPED))
+    return Launched(**job.runtime, begun=begun, stopped=stopped)
 
 
 def _report_stalls(order: RankOrder, with_exception: bool) -> None:
@@ -162,10 +188,14 @@ def _show_log() -> None:
 
 
 def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
+    if leaving.code in (None, EXIT_DONE, EXIT_STOPPED):
+        _report(order, {"leaves": time.monotonic()})
     if leaving.code is None:
         return EXIT_DONE
     if isinstance(leaving.code, int):
         code = leaving.code & 0xFF
+        if isinstance(leaving, StopRequested):
+            _report(order, {"reached": STOPPED})
         if code not in (EXIT_DONE, EXIT_STOPPED):
             _report_exit(order, code)
         return code

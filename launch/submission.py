@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ddpkit import config as configs
 from ddpkit import slurm, world
 from ddpkit.errors import UserError
 
-from . import sbatch, snapshot
+from . import sbatch, snapshot, submitting
 from .job import Job
 from .plan import Plan
 
@@ -91,17 +91,26 @@ def submit(plans: Sequence[Plan], home: Path, is_array: bool = False) -> Submiss
         UserError: there is no Slurm here, it refuses the job, or the folder cannot be written.
     """
     require_slurm()
-    existed = home.exists()
+    with _alone(home):
+        return _submit(plans, home, is_array)
+
+
+def submit_once(plans: Sequence[Plan], home: Path, is_array: bool = False) -> tuple[Submission, bool]:
+    """`submit`, unless Slurm still has work to do for what was submitted before; says whether it is new."""
+    require_slurm()
+    if (there := unfinished(home, is_array)) is not None:
+        return there, False
+    with _alone(home):
+        if (there := unfinished(home, is_array)) is not None:  # somebody else was faster by a moment
+            return there, False
+        return _submit(plans, home, is_array), True
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
     try:
-        folder = _make_folder(home)
-        try:
-            return _submit(plans, home, folder, is_array)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            for made in (folder.parent, *(() if existed else (home,))):
-                with contextlib.suppress(OSError):  # others' submissions are in it
-                    made.rmdir()
-            raise
+        with submitting.alone(home):
+            yield
     except OSError as error:
         raise UserError(
             f"run_dir: {home} cannot be written: {error.strerror}. Choose another one, or make room or change its "
@@ -165,16 +174,17 @@ def _numbered(name: str, index: int | None) -> str:
     return name if index is None else name.replace(".", f"-{index}.")
 
 
-def _make_folder(home: Path) -> Path:
-    while True:
-        folder = folder_for(home)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):  # somebody else submits at the same moment
-            folder.mkdir()
-            return folder
+def _submit(plans: Sequence[Plan], home: Path, is_array: bool) -> Submission:
+    folder = folder_for(home)
+    folder.mkdir()
+    try:
+        return _submit_from(folder, plans, home, is_array)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def _submit(plans: Sequence[Plan], home: Path, folder: Path, is_array: bool) -> Submission:
+def _submit_from(folder: Path, plans: Sequence[Plan], home: Path, is_array: bool) -> Submission:
     if plans[0].snapshot:
         plans = snapshot.take(plans, folder / "code")
     for index, plan in enumerate(plans):

@@ -14,103 +14,41 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from ddpkit import orphans, rendezvous, world
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError, UserError
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER, DdpkitError
 from ddpkit.world import World
 
+from . import scratch
 from .attempts import AttemptFile
-from .causes import ENDED_BY_US, WAITED, explain, order_by_cause, waits
-from .job import STACK_SIGNAL, STOP_SIGNALS, Failure, Job, Memory, RankOrder
+from .causes import explain, follows, order_by_cause
+from .job import BEGUN, STACK_SIGNAL, Failure, Job
 from .lines import Lines
 from .memory import RAN_OUT, WORKER_DIED, Watch, judge
 from .output import Output
+from .patience import Patience, unfinished
+from .ranks import Outcome, Place, Rank
+from .requests import Requests
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
-_DYING_S = 0.3  # the kernel frees a process's memory, and then tells of its end: later than others tell of theirs
-_SAME_REQUEST_S = 2.0  # a second SIGTERM within this time counts as the first
-_STACKS_S = 1.0  # for ranks to write where they are, before they are ended
-_ASK_AGAIN_S = 2.0  # how much time there is left, of one who could not say
 _END_S = 5.0  # for the node process to end everything and itself
 _END_NOW_S = 0.5  # the same after a second Ctrl-C; it may be deep in an import
 _PIECE = 1 << 20  # bytes read at a time: all that a pipe holds
 
 
+class _HasDescriptor(Protocol):
+    def fileno(self) -> int: ...
+
+
 class LaunchFailed(DdpkitError):
     """The ranks could not be started or watched."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a group of ranks ended.
-
-    Attributes:
-        exit_code: by ddpkit's rules, of the group as a whole.
-        failures: of all ranks that failed, the cause first.
-        results: what each rank's call returned, by rank ("call" jobs); in base64, by cloudpickle.
-        stopped_by: the name of the signal that asked for the end, if one did.
-        is_saved: the ranks have agreed on the stop, and saved their state.
-        has_lost_node: another node cannot be reached any more.
-        regroups: the ranks start again because nodes have come or gone.
-    """
-
-    exit_code: int
-    failures: tuple[Failure, ...] = ()
-    results: tuple[str, ...] = ()
-    stopped_by: str | None = None
-    is_saved: bool = False
-    has_lost_node: bool = False
-    regroups: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the ranks of one launcher lie among all.
-
-    Attributes:
-        first: the first one's rank.
-        world_size: ranks of all launchers.
-        first_local: the first one's local rank; not 0 where a node has several launchers.
-        local_world_size: ranks on this node.
-        master_addr: where the rendezvous store is served.
-    """
-
-    first: int
-    world_size: int
-    first_local: int
-    local_world_size: int
-    master_addr: str = "127.0.0.1"
-
-
-@dataclass
-class Rank:
-    """A rank as its launcher sees it."""
-
-    rank: int
-    order: RankOrder
-    readers: dict[str, int]
-    ended: int | None = None
-    when: float = 0.0
-    report: Lines = field(default_factory=Lines)
-    failure: Failure | None = None
-    memory: Memory | None = None
-    result: str = ""
-    stacks: bytes = b""
-    was_ended: bool = False
-
-    def begin(self) -> None:
-        """Forget the attempt before."""
-        self.ended, self.report, self.failure, self.result = None, Lines(), None, ""
-        self.stacks, self.was_ended = b"", False
 
 
 class Node:
@@ -123,10 +61,10 @@ class Node:
         place: where these ranks lie among all; by default they are all.
 
     Attributes:
-        insistent: which of the stop signals end the ranks at once when they are repeated.
-        time_left: asked in a thread, when the ranks are asked to stop (given the signal's name): why, and how many
-            seconds they have at most; None if there is no end. Asked again if it raises a DdpkitError.
-        ends_now: a repeated signal has ended the ranks.
+        requests: to stop. One that comes before anything has begun that could be lost ends the ranks at once.
+        patience: with ranks that do not stop.
+        is_run: the ranks do a run; see `Job.is_run`.
+        ends_now: nobody waits for the ranks any more: a stop was asked for with insistence, or nothing had begun.
     """
 
     is_numbered_late = False
@@ -139,27 +77,21 @@ class Node:
         self._env = dict(env)
         self._selector = selectors.DefaultSelector()
         self._lines = Lines()
-        self._requested: str | None = None
-        self._requested_at = 0.0
-        self._requests: list[int] = []
-        self._woken, self._wake = os.pipe()
-        os.set_blocking(self._wake, False)
         self._ranks: list[Rank] = []
         self._lost = False
         self._problem: str | None = None
         self._memory = Watch()
         self._output = Output(None, tee_all=False)
-        self._give_up_at: tuple[str, float] | None = None
-        self._giving_up: tuple[str, float] | None = None
-        self.insistent = frozenset(STOP_SIGNALS)
-        self.time_left: Callable[[str], tuple[str, float] | None] | None = None
+        self._are_started = False
+        self.requests = Requests()
+        self.patience = Patience()
+        self.is_run = False
         self.ends_now = False
-        self.pids: dict[int, int] = {}
 
     def __enter__(self) -> Node:
         self._control, theirs = socket.socketpair()
-        self._scratch = _scratch()
-        self._ranks = [_with_pipes(self._place.first + index, self._scratch) for index in range(self._nproc)]
+        self._scratch, held = scratch.make()
+        self._ranks = [Rank.with_pipes(self._place.first + index, self._scratch) for index in range(self._nproc)]
         ends = [fd for rank in self._ranks for fd in rank.order.descriptors]
         self._process = subprocess.Popen(
             [
@@ -167,16 +99,16 @@ class Node:
                 str(Path(__file__).with_name("child.py")),
                 *self._role(theirs.fileno()),
             ],
-            pass_fds=[theirs.fileno(), *ends],
+            pass_fds=[theirs.fileno(), held, *ends],
             env=world.environment() | self._env | {orphans.MARK: self._scratch},
             # A session of its own: the terminal's Ctrl-C reaches this process alone, which passes it on once.
             start_new_session=True,
         )
         theirs.close()
-        for fd in ends:
+        for fd in (held, *ends):
             os.close(fd)
         self._watch(self._control, self._hear)
-        self._watch(self._woken, self._pass_on)
+        self._watch(self.requests, self._pass_on)
         for rank in self._ranks:
             for name, fd in rank.readers.items():
                 os.set_blocking(fd, False)
@@ -203,22 +135,12 @@ class Node:
         for rank in self._ranks:
             for fd in rank.readers.values():
                 os.close(fd)
-        os.close(self._woken)
-        os.close(self._wake)
+        self.requests.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _role(self, control: int) -> list[str]:
         """What the child process is to be: its arguments."""
         return ["node", str(control), self._start_method, self._scratch]
-
-    def request(self, number: int) -> None:
-        """Pass a stop signal on to every rank; a second one (Ctrl-C at once, SIGTERM after 2 s) ends them.
-
-        Safe in a signal handler.
-        """
-        self._requests.append(number)
-        with contextlib.suppress(BlockingIOError):  # it is full of earlier ones
-            os.write(self._wake, b"!")
 
     def number(self, take: Callable[[int], AttemptFile], follow: Callable[[int], AttemptFile]) -> AttemptFile | Outcome:
         """Number the next attempt.
@@ -234,18 +156,21 @@ class Node:
 
     def run(self, job: Job, restart_count: int, output: Output) -> Outcome:
         """Start the ranks, and return when the last one has ended."""
-        self._output, self._giving_up = output, None
+        self._output, self.is_run, self._are_started = output, job.is_run, False
+        self.patience.begin()
         for rank in self._ranks:
             rank.begin()
-        with contextlib.suppress(ConnectionError):  # the node process has died; the loop below is told
-            self._start(job, restart_count)
+        self._pass_on()  # what has come before
+        if not self.ends_now:
+            with contextlib.suppress(ConnectionError):  # the node process has died; the loop below is told
+                self._start(job, restart_count)
+            if self.requests.first is not None:  # from here; somebody else knows what that means
+                self._signal_own(getattr(signal, self.requests.first))
         for rank in self._ranks:
             output.log(rank.rank, b"")  # also of a rank that will never say a word
-        if self._requested is not None:  # before a restart
-            self._signal_all(getattr(signal, self._requested))
         deadline: float | None = None
         while not (self._all_ended() or self._lost or self.ends_now):
-            self._handle_events(timeout_s=0.2 if deadline or self._giving_up else 1.0)
+            self._handle_events(timeout_s=0.2 if deadline or self.patience.is_giving_up else 1.0)
             self._give_up_when_due()
             if deadline is None and self._some_failed():
                 deadline = time.monotonic() + _LINGER_S
@@ -260,34 +185,18 @@ class Node:
 
     def give_up(self, why: str) -> None:
         """End the ranks that have not ended by themselves: as failed because of ``why``, with their stacks."""
-        if self._giving_up is None:
-            self._giving_up = (why, time.monotonic() + _STACKS_S)
+        if not self.patience.is_giving_up:
+            self.patience.give_up(why)
             self._signal_own(STACK_SIGNAL)
 
-    def _find_end(self, name: str) -> None:
-        assert self.time_left is not None  # it is asked
-        while True:
-            try:
-                found = self.time_left(name)
-                break
-            except DdpkitError:
-                time.sleep(_ASK_AGAIN_S)
-        if found is not None:
-            self._give_up_at = (found[0], time.monotonic() + found[1])
-
     def _give_up_when_due(self) -> None:
-        if self._give_up_at is not None and time.monotonic() > self._give_up_at[1]:
-            why, self._give_up_at = self._give_up_at[0], None
-            self.give_up(f"asked to stop ({why}), and did not in time: stuck, or its step or save took too long")
-        if self._giving_up is None or time.monotonic() < self._giving_up[1]:
+        if (why := self.patience.over()) is not None:
+            self.give_up(why)
+        if (why := self.patience.last_words()) is None:
             return
         for rank in self._ranks:
             if rank.ended is None and rank.failure is None:
-                stacks = rank.stacks.decode(errors="replace")
-                is_waiting = waits(stacks)
-                why = WAITED if is_waiting else self._giving_up[0]
-                failure = self._failure(rank, -signal.SIGKILL, why, stacks)
-                rank.failure = replace(failure, is_consequence=is_waiting)
+                rank.failure = unfinished(rank, why)
                 self._tell_failure(rank)
         self._end_ranks()
 
@@ -296,7 +205,7 @@ class Node:
         for rank in self._ranks:
             rank.was_ended = rank.was_ended or rank.ended is None
 
-    def _watch(self, source: int | socket.socket, react: Callable[[], None]) -> None:
+    def _watch(self, source: int | _HasDescriptor, react: Callable[[], None]) -> None:
         if isinstance(source, int):
             os.set_blocking(source, False)
         self._selector.register(source, selectors.EVENT_READ, react)
@@ -309,7 +218,7 @@ class Node:
         return all(rank.ended is not None for rank in self._ranks)
 
     def _some_failed(self) -> bool:
-        return any(_failed(rank) for rank in self._ranks)
+        return any(rank.has_failed for rank in self._ranks)
 
     def _tell_failure(self, rank: Rank) -> None:
         """Called as soon as a rank has failed; for those who have to know at once."""
@@ -329,56 +238,67 @@ class Node:
         self._send(do="start", job=job.to_json(), ranks=orders)
 
     def _outcome(self) -> Outcome:
+        return replace(self._how_it_ended(), has_begun=any(BEGUN in rank.reached for rank in self._ranks))
+
+    def _how_it_ended(self) -> Outcome:
+        stopped_by, interrupted = self.requests.first, self.requests.first == "SIGINT"
         if self.ends_now:
-            code = EXIT_INTERRUPTED if self._requested == "SIGINT" else EXIT_FAILED
-            return Outcome(code, stopped_by=self._requested)
+            # Of a run that had not begun, all is there that ever was.
+            is_saved = self.is_run and not self.requests.insisted
+            code = EXIT_INTERRUPTED if interrupted else EXIT_STOPPED if is_saved else EXIT_FAILED
+            return Outcome(code, stopped_by=stopped_by, is_saved=is_saved)
         if self._problem is not None:
             raise LaunchFailed(self._problem)
         if self._lost:
-            status = self._process.wait(_END_S)
-            how = f"SIGKILL, {RAN_OUT}," if status == -signal.SIGKILL and self._memory.ran_out() else explain(status)
-            raise LaunchFailed(
-                f"the process that starts the ranks (pid {self._process.pid}) ended with {how} before "
-                "they did; they were ended with it. Run it again to continue."
-            )
-        failures = order_by_cause(self._failures())
-        interrupted = self._requested == "SIGINT"
-        if failures:
-            if self._requested is not None and _died_of(failures[0], self._requested):
+            raise self._loss()
+        if failures := self._all_failures():
+            if stopped_by is not None and _died_of(failures[0], stopped_by):
                 failures = ()  # a plain script, which ends by the signal as it would without us
             code = EXIT_USER if failures and failures[0].is_users_input else EXIT_FAILED
-            return Outcome(EXIT_INTERRUPTED if interrupted else code, failures, stopped_by=self._requested)
+            return Outcome(EXIT_INTERRUPTED if interrupted else code, failures, stopped_by=stopped_by)
+        code = EXIT_INTERRUPTED if interrupted else EXIT_STOPPED
         if self._some_stopped():
-            code = EXIT_INTERRUPTED if interrupted else EXIT_STOPPED
-            return Outcome(code, stopped_by=self._requested, is_saved=True)
-        return Outcome(EXIT_DONE, (), self._results(), self._requested)
+            return Outcome(code, stopped_by=stopped_by, is_saved=True)
+        if any(left.exit_code == EXIT_STOPPED for left in self._left()):  # a script's own word
+            return Outcome(code, stopped_by=stopped_by)
+        return Outcome(EXIT_DONE, (), self._results(), stopped_by)
+
+    def _loss(self) -> LaunchFailed:
+        status = self._process.wait(_END_S)
+        how = f"SIGKILL, {RAN_OUT}," if status == -signal.SIGKILL and self._memory.ran_out() else explain(status)
+        return LaunchFailed(
+            f"the process that starts the ranks (pid {self._process.pid}) ended with {how} before "
+            "they did; they were ended with it. Run it again to continue."
+        )
+
+    def _all_failures(self) -> tuple[Failure, ...]:
+        """All there is to tell of, the cause first. If each is what ranks see when others go, somebody has gone."""
+        failures = self._failures()
+        if failures and all(map(follows, failures)):
+            first = min(failure.when for failure in failures)
+            failures += [failure for failure in self._left() if failure.when < first]
+        return order_by_cause(failures)
 
     def _failures(self) -> list[Failure]:
-        return [self._failure_of(rank) for rank in self._ranks if _failed(rank)]
+        return [self._failure_of(rank) for rank in self._ranks if rank.has_failed]
+
+    def _left(self) -> list[Failure]:
+        """What is to be said of those that have left of their own accord, if they should not have done so yet."""
+        return [rank.failure_of_leaving() for rank in self._ranks if rank.has_left]
 
     def _some_stopped(self) -> bool:
-        return any(rank.ended == EXIT_STOPPED for rank in self._ranks)
+        return any(rank.has_stopped for rank in self._ranks)
 
     def _results(self) -> tuple[str, ...]:
         return tuple(rank.result for rank in self._ranks)
 
     def _failure_of(self, rank: Rank) -> Failure:
-        failure = rank.failure
-        if failure is None:
-            assert rank.ended is not None  # or there would be no failure to tell of
-            if rank.was_ended:
-                return self._failure(rank, rank.ended, ENDED_BY_US)
-            failure = self._failure(rank, rank.ended, explain(rank.ended))
-            # So end those who find that another one is gone, or who are ended because of it.
-            if rank.ended not in (-signal.SIGABRT, -signal.SIGTERM):
-                failure = replace(failure, when=failure.when - _DYING_S)
+        failure = rank.failure_of_its_end()
+        if rank.was_ended and rank.failure is None:
+            return failure
         if failure.kind == WORKER_DIED or not (failure.kind or failure.traceback):  # no words of the user's but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
         return failure if rank.was_ended else judge(failure, rank.memory)
-
-    def _failure(self, rank: Rank, exit_code: int, message: str, traceback: str = "") -> Failure:
-        when = rank.when or time.monotonic()
-        return Failure(rank.rank, socket.gethostname(), when, exit_code, message=message, traceback=traceback)
 
     def _rank_env(self, index: int, port: int, restart_count: int) -> dict[str, str]:
         place = self._place
@@ -395,21 +315,23 @@ class Node:
         return self._env | one.to_env()
 
     def _pass_on(self) -> None:
-        os.read(self._woken, 4096)
-        while self._requests:
-            number = self._requests.pop(0)
-            again_s = time.monotonic() - self._requested_at
-            # A cluster manager may send SIGTERM twice at once; a person, or a script, that asks again means it.
-            insists = number in self.insistent and (number == signal.SIGINT or again_s > _SAME_REQUEST_S)
-            self.ends_now = self._requested is not None and insists
-            if self.ends_now:
-                self._requested = signal.Signals(number).name
+        for number, insists in self.requests.take():
+            self._take_request(number)
+            if insists:
+                self.ends_now = True
                 return
-            if self._requested is None:
-                self._requested, self._requested_at = signal.Signals(number).name, time.monotonic()
-                if self.time_left is not None:  # it may take long: not in the loop
-                    threading.Thread(target=self._find_end, args=(self._requested,), daemon=True).start()
+            assert self.requests.first is not None  # this one, or another before it
+            self.patience.asked(self.requests.first)
             self._signal_all(number)
+        if self.requests.first is not None and not self._have_begun():
+            self.ends_now = True
+
+    def _take_request(self, number: int) -> None:
+        """Called with each; for those who have to tell others of it."""
+
+    def _have_begun(self) -> bool:
+        """Whether there is anything that a stop can concern: ranks of a run that can agree on it, or a script."""
+        return any(BEGUN in rank.reached for rank in self._ranks) if self.is_run else self._are_started
 
     def _hear(self) -> None:
         try:
@@ -424,12 +346,12 @@ class Node:
 
     def _take(self, message: dict[str, Any]) -> None:
         if "started" in message:
-            self.pids = {int(rank): pid for rank, pid in message["started"].items()}
+            self._are_started = True
         elif "ended" in message:
             rank = self._ranks[message["ended"]]
-            rank.ended, rank.when = message["status"], message["when"]
-            rank.memory = Memory(**message["memory"]) if message["memory"] else None
-            if _failed(rank):
+            self._read(rank, "report")  # what it has said comes by another way
+            rank.end(message, self.is_run)
+            if rank.has_failed:
                 self._tell_failure(rank)
         elif "problem" in message:
             self._problem, self._lost = message["problem"], True
@@ -451,14 +373,11 @@ class Node:
             self._output.write(rank.rank, name, data)
 
     def _take_report(self, rank: Rank, data: bytes) -> None:
-        for message in map(json.loads, rank.report.feed(data)):
-            if "failure" in message:
-                rank.failure = Failure.from_json(message["failure"])
-                # Not printed by the rank: the console shows the report, with the traceback once.
-                self._output.log(rank.rank, rank.failure.traceback.encode())
-                self._tell_failure(rank)
-            else:
-                rank.result = message["result"]
+        if rank.hear(data):
+            assert rank.failure is not None  # it has told of one
+            # Not printed by the rank: the console shows the report, with the traceback once.
+            self._output.log(rank.rank, rank.failure.traceback.encode())
+            self._tell_failure(rank)
 
     def _signal_all(self, number: int) -> None:
         """Also of the ranks that others watch over."""
@@ -473,66 +392,5 @@ class Node:
         self._control.sendall(json.dumps(message).encode() + b"\n")
 
 
-def signal_number(name: str) -> signal.Signals:
-    """The signal called ``name``, without SIG."""
-    return signal.Signals[f"SIG{name}"]
-
-
-@contextlib.contextmanager
-def holding_back(signals: tuple[signal.Signals, ...]) -> Iterator[None]:
-    """Let signals wait for `passing_on_signals`. Those that come too late for it are dropped at the end.
-
-    What is started meanwhile never gets them, unless it asks.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        while signals and signal.sigtimedwait(signals, 0) is not None:
-            pass
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def passing_on_signals(node: Node, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> Iterator[None]:
-    """Pass stop signals on to the ranks for as long as the context lasts; for command lines."""
-    # Also where SIGINT was ignored on start (a script's background job): then it stays so.
-    before = {number: signal.getsignal(number) for number in signals}
-    for number in signals:
-        if before[number] is not signal.SIG_IGN:
-            signal.signal(number, lambda received, _frame: node.request(received))
-        if getattr(before[number], "received", False):  # while there was nobody to pass it on to, and it got lost
-            node.request(number)
-    held = signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        for number, handler in before.items():
-            # After a second Ctrl-C the clean-up that follows is not for a third one to garble.
-            signal.signal(number, signal.SIG_IGN if node.ends_now else handler)
-
-
-def _failed(rank: Rank) -> bool:
-    return rank.failure is not None or rank.ended not in (None, EXIT_DONE, EXIT_STOPPED)
-
-
 def _died_of(failure: Failure, name: str) -> bool:
     return failure.exit_code == -getattr(signal, name) or (name == "SIGINT" and failure.kind == "KeyboardInterrupt")
-
-
-def _scratch() -> str:
-    """A directory for temporary files of the ranks: those that are killed remove nothing themselves."""
-    try:
-        return tempfile.mkdtemp(prefix="ddpk-")  # no longer than multiprocessing's own: sockets have short names
-    except OSError as error:
-        raise UserError(
-            f"no directory for temporary files can be made: {error.strerror or error}. Make room, or set TMPDIR to "
-            "another place."
-        ) from error
-
-
-def _with_pipes(rank: int, scratch: str) -> Rank:
-    pipes = {name: os.pipe() for name in RankOrder.PIPES}
-    writers = {name: pipe[1] for name, pipe in pipes.items()}
-    return Rank(rank, RankOrder(rank, {}, scratch, **writers), {name: pipe[0] for name, pipe in pipes.items()})

@@ -26,7 +26,8 @@ from .job import STOP_SIGNALS
 from .members import FollowingNode, LeadingNode, Membership
 from .output import Output
 from .plan import Plan, visible_gpus
-from .supervise import Place, passing_on_signals, signal_number
+from .ranks import Place
+from .requests import passing_on_signals, signal_number
 
 
 def main(directory: str) -> int:
@@ -95,7 +96,8 @@ class _Task:
         plan = self._plan
         assert plan.run_dir is not None  # `_here` sees to it
         signals = (*STOP_SIGNALS, signal_number(plan.warning_signal))
-        with FollowingNode(nproc, plan.start_method, env, place, membership) as node, passing_on_signals(node, signals):
+        following = FollowingNode(nproc, plan.start_method, env, place, membership)
+        with following as node, passing_on_signals(node.requests, signals):
             node.join()
             while (order := node.await_order()) is not None:
                 job = replace(plan.job, options=plan.job.options | {"attempt": order["attempt"]})

@@ -31,7 +31,8 @@ def run(plan: Plan) -> int:
         if isinstance(leaving, StopRequested) and leaving.reason == "SIGINT":
             code = EXIT_INTERRUPTED
         if attempt is not None:
-            attempt.end("stopped on request", code)
+            has_stopped = isinstance(leaving, StopRequested)
+            attempt.end("stopped on request" if has_stopped else f"left with exit code {code}", code)
         return code
     except BaseException as error:
         if attempt is not None:

@@ -52,10 +52,11 @@ def _run(plans: Sequence[Plan], home: Path, is_array: bool) -> int:
     from .. import following, submission
 
     kind, waits = plans[0].job.kind, plans[0].waits
-    submission.require_slurm()
-    submitted = submission.unfinished(home, is_array) if kind == "run" else None
-    if submitted is None:
-        submitted = submission.submit(plans, home, is_array)
+    if kind == "run":
+        submitted, is_new = submission.submit_once(plans, home, is_array)
+    else:
+        submitted, is_new = submission.submit(plans, home, is_array), True
+    if is_new:
         _say(f"submitted job {submitted.job_id} from {submitted.folder}")
         if not waits:
             _say(submitted.hints())

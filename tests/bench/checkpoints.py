@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 
 from ddpkit.checkpoint import manifest
 from ddpkit.checkpoint.store import CheckpointStore, Snapshot
-from tests.bench.measure import Row, compare, in_turn, spread
+from tests.bench.measure import Bar, Measurement, Row, in_turn, seconds
 
 _TENSORS, _ELEMENTS = 32, 4 << 20  # of float32: 512 MB
 
@@ -26,7 +24,7 @@ class _Alone:
         return [value]
 
 
-def rows(repeats: int) -> list[Row]:
+def _rows(repeats: int) -> list[Row]:
     """One rank on this machine's disk; what was written before is dropped from the page cache nowhere."""
     state = {f"layer.{index}": torch.randn(_ELEMENTS) for index in range(_TENSORS)}
     folder = Path(tempfile.mkdtemp(dir="."))
@@ -51,7 +49,7 @@ def _measured(state: dict[str, torch.Tensor], folder: Path, repeats: int) -> lis
             file.flush()
             os.fsync(file.fileno())
 
-    saved = in_turn({"ours": lambda: size / _seconds(save), "peer": lambda: size / _seconds(save_peer)}, repeats)
+    saved = in_turn({"ours": lambda: size / seconds(save), "peer": lambda: size / seconds(save_peer)}, repeats)
 
     def load() -> None:
         loaded = store.load_newest()
@@ -64,28 +62,18 @@ def _measured(state: dict[str, torch.Tensor], folder: Path, repeats: int) -> lis
     newest = max((folder / "ours").glob("step-*"))
     loaded = in_turn(
         {
-            "both": lambda: _seconds(load),
-            "verify": lambda: _seconds(lambda: manifest.verify(newest)),
-            "peer": lambda: _seconds(load_peer),
+            "both": lambda: seconds(load),
+            "verify": lambda: seconds(lambda: manifest.verify(newest)),
+            "peer": lambda: seconds(load_peer),
         },
         repeats,
     )
     alone = [both - verify for both, verify in zip(loaded["both"], loaded["verify"], strict=True)]
-    verifying = [size / seconds / (os.cpu_count() or 1) for seconds in loaded["verify"]]
+    verifying = [size / each / (os.cpu_count() or 1) for each in loaded["verify"]]
     return [
-        compare("save, to durable", "GB/s", saved["ours"], "torch.save+fsync", saved["peer"], 1.0, at_least=True),
-        compare("load, without verification", "s", alone, "torch.load(mmap)", loaded["peer"], 1.2),
-        Row(
-            "verification, per core",
-            "GB/s",
-            sorted(verifying)[repeats // 2],
-            None,
-            None,
-            repeats,
-            spread(verifying),
-            2.0,
-            at_least=True,
-        ),
+        Row("save, to durable", "GB/s", saved["ours"], Bar(1.0, at_least=True), "torch.save+fsync", saved["peer"]),
+        Row("load, without verification", "s", alone, Bar(1.2), "torch.load(mmap)", loaded["peer"]),
+        Row("verification, per core", "GB/s", verifying, Bar(2.0, of="ours", at_least=True)),
     ]
 
 
@@ -94,11 +82,8 @@ def _copy(source: dict[str, torch.Tensor], target: dict[str, torch.Tensor]) -> N
         tensor.copy_(source[name])
 
 
-def _seconds(action: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    action()
-    return time.perf_counter() - begun
-
-
 def _ignore(*_: object, **__: object) -> None:
     return None
+
+
+MEASUREMENTS: dict[str, Measurement] = {"checkpoint": _rows}

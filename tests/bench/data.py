@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
-import statistics
 import time
 import tracemalloc
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 import ddpkit
 from ddpkit.sampler import ElasticOrder, Plan
 from ddpkit.world import World
-from tests.bench.measure import Row, compare, in_turn, spread
+from tests.bench.measure import Bar, Measurement, Row, in_turn, seconds
 
 
 class Virtual(Dataset[Any]):
@@ -32,32 +33,28 @@ class Virtual(Dataset[Any]):
         return self.sample
 
 
-def rows(repeats: int) -> list[Row]:
-    """First index, memory and throughput of the sampler; a sample's cost; resuming far in."""
-    return [*_first_index(repeats), _throughput(repeats), _per_sample(repeats), _resume(repeats)]
-
-
 def _plan(length: int) -> Plan:
     return Plan(ElasticOrder(length, 0, True), World(), 0, 64, None, drop_last=True)
 
 
 def _first_index(repeats: int) -> list[Row]:
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        next(iter(_plan(10**9).fetches(0, 0)))
-        times.append((time.perf_counter() - begun) * 1e3)
+    """At 1e9 samples, which DistributedSampler cannot do: at 1e8 it takes 29 s and 4.7 GB."""
+
+    def first(epoch: int) -> object:
+        return next(iter(_plan(10**9).fetches(epoch, 0)))
+
+    milliseconds = [1e3 * seconds(lambda: first(0)) for _ in range(repeats)]
     tracemalloc.start()
-    next(iter(_plan(10**9).fetches(1, 0)))
+    collections.deque(itertools.islice(_plan(10**9).fetches(1, 0), 1000), maxlen=0)
     peak = tracemalloc.get_traced_memory()[1] / 1e6
     tracemalloc.stop()
     return [
-        Row("sampler, first index at 1e9", "ms", statistics.median(times), None, None, repeats, spread(times), 10.0),
-        Row("sampler, memory at 1e9", "MB", peak, None, None, 1, "", 20.0),
+        Row("sampler, first index at 1e9", "ms", milliseconds, Bar(10.0, of="ours")),
+        Row("sampler, memory at 1e9", "MB", [peak], Bar(20.0, of="ours")),
     ]
 
 
-def _throughput(repeats: int) -> Row:
+def _throughput(repeats: int) -> list[Row]:
     length = 10**6
 
     def ours() -> float:
@@ -73,37 +70,28 @@ def _throughput(repeats: int) -> Row:
         return count / (time.perf_counter() - begun)
 
     found = in_turn({"ours": ours, "peer": peer}, repeats)
-    return compare(
-        "sampler, throughput at 1e6", "1/s", found["ours"], "DistributedSampler", found["peer"], 1.0, at_least=True
-    )
+    bar = Bar(1.0, at_least=True)
+    return [Row("sampler, throughput at 1e6", "1/s", found["ours"], bar, "DistributedSampler", found["peer"])]
 
 
-def _per_sample(repeats: int) -> Row:
-    length, batches = 64 * 400, 400
-    dataset = Virtual(length)
-
-    def peer() -> float:
-        loader = DataLoader(dataset, 64, sampler=DistributedSampler(dataset, 1, 0, seed=0), drop_last=True)
-        begun = time.perf_counter()
-        for _ in itertools.islice(loader, batches):
-            pass
-        return (time.perf_counter() - begun) / (batches * 64) * 1e6
-
+def _per_sample(batch_size: int, repeats: int) -> list[Row]:
+    """Without workers, over a dataset that has nothing to do: what is left is the cost of loading itself."""
+    batches = max(100, 25600 // batch_size)
+    dataset = Virtual(batch_size * batches)
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, 1, 0, seed=0)
+    peer = DataLoader(dataset, batch_size, sampler=sampler, drop_last=True)
     with ddpkit.runtime(world=World()) as rt:
-        loader = rt.loader(dataset, global_batch_size=64)
+        loader = rt.loader(dataset, global_batch_size=batch_size)
 
-        def ours() -> float:
-            begun = time.perf_counter()
-            for _ in loader:
-                pass
-            return (time.perf_counter() - begun) / length * 1e6
+        def per_sample(batches: Iterable[Any]) -> float:
+            return 1e6 * seconds(lambda: collections.deque(batches, maxlen=0)) / len(dataset)
 
-        found = in_turn({"ours": ours, "peer": peer}, repeats)
-    added = [a - b for a, b in zip(found["ours"], found["peer"], strict=True)]
-    return Row("per-sample cost, added", "us", statistics.median(added), None, None, repeats, spread(added), 10.0)
+        found = in_turn({"ours": lambda: per_sample(loader), "peer": lambda: per_sample(peer)}, repeats)
+    bar = Bar(10.0, of="difference")
+    return [Row(f"a sample, batch {batch_size}", "us", found["ours"], bar, "DataLoader", found["peer"])]
 
 
-def _resume(repeats: int) -> Row:
+def _resume(repeats: int) -> list[Row]:
     length, far = 10**9, 64 * 10**7
 
     def first_batch(position: int) -> float:
@@ -116,5 +104,13 @@ def _resume(repeats: int) -> Row:
             return time.perf_counter() - begun
 
     found = in_turn({"far": lambda: first_batch(far), "fresh": lambda: first_batch(0)}, repeats)
-    added = [a - b for a, b in zip(found["far"], found["fresh"], strict=True)]
-    return Row("resume at 6.4e8 of 1e9, added", "s", statistics.median(added), None, None, repeats, spread(added), 0.1)
+    bar = Bar(0.1, of="difference")
+    return [Row("resume at 6.4e8 of 1e9", "s", found["far"], bar, "at 0", found["fresh"])]
+
+
+MEASUREMENTS: dict[str, Measurement] = {
+    "sampler-first": _first_index,
+    "sampler-throughput": _throughput,
+    "sample": lambda repeats: [row for size in (64, 8, 1) for row in _per_sample(size, repeats)],
+    "resume": _resume,
+}

@@ -1,4 +1,4 @@
-"""What the rows have in common: a measured row, processes timed from the outside, pairs run in turn."""
+"""What the rows have in common: figures taken in turn, a bar, processes timed from the outside."""
 
 from __future__ import annotations
 
@@ -12,74 +12,78 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table. Values are medians; ``bar`` is what ``ratio``, or ``ours`` without a peer, may reach.
+class Bar:
+    """What a row has to reach, on one of its figures: ours over the peer's, ours less the peer's, or ours alone."""
 
-    ``at_least`` turns the bar around: more is better.
+    value: float
+    of: Literal["ratio", "difference", "ours"] = "ratio"
+    at_least: bool = False
+    """More is better."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, ``n`` times in turn with the peer.
+
+    The n-th of ours and the n-th of the peer's were taken one after the other, so ratios and differences are taken pair
+    by pair before their median: a machine that changes speed changes it for both.
     """
 
     name: str
     unit: str
-    ours: float
-    peer_name: str | None
-    peer: float | None
-    n: int
-    spread: str
-    bar: float
-    at_least: bool = False
+    ours: Sequence[float]
+    bar: Bar
+    peer_name: str = ""
+    peer: Sequence[float] = ()
 
     @property
     def ratio(self) -> float | None:
-        """Ours over the peer's."""
-        return None if self.peer is None else self.ours / self.peer
+        """The median of ours over the peer's."""
+        return statistics.median(self._pairwise(lambda a, b: a / b)) if self.peer else None
+
+    @property
+    def judged(self) -> list[float]:
+        """The figures that the bar is for, before their median."""
+        if self.bar.of == "ours":
+            return list(self.ours)
+        return self._pairwise((lambda a, b: a / b) if self.bar.of == "ratio" else (lambda a, b: a - b))
 
     @property
     def reaches(self) -> bool:
         """Whether the bar is reached."""
-        measured = self.ours if self.ratio is None else self.ratio
-        return measured >= self.bar if self.at_least else measured <= self.bar
+        figure = statistics.median(self.judged)
+        return figure >= self.bar.value if self.bar.at_least else figure <= self.bar.value
+
+    def _pairwise(self, of: Callable[[float, float], float]) -> list[float]:
+        return [of(a, b) for a, b in zip(self.ours, self.peer, strict=True)]
+
+
+Measurement = Callable[[int], list[Row]]
+"""Takes the number of repeats; made for about a minute of the machine at five of them."""
 
 
 def in_turn(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Each action's results, taken A B A B ..., so that a machine that changes speed changes it for all."""
+    """Each action's results, taken A B A B ...; the first round warms up and does not count."""
     found: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(repeats):
+    for round_number in range(repeats + 1):
         for name, action in actions.items():
-            found[name].append(action())
+            result = action()
+            if round_number:
+                found[name].append(result)
     return found
 
 
-def spread(values: Sequence[float]) -> str:
-    """Smallest and largest."""
-    return f"{min(values):.3g}..{max(values):.3g}"
-
-
-def compare(
-    name: str,
-    unit: str,
-    ours: Sequence[float],
-    peer_name: str,
-    peer: Sequence[float],
-    bar: float,
-    at_least: bool = False,
-) -> Row:
-    """A row of medians."""
-    return Row(
-        name,
-        unit,
-        statistics.median(ours),
-        peer_name,
-        statistics.median(peer),
-        len(ours),
-        f"{spread(ours)} / {spread(peer)}",
-        bar,
-        at_least,
-    )
+def seconds(action: Callable[[], object]) -> float:
+    """The wall time of a call."""
+    begun = time.perf_counter()
+    action()
+    return time.perf_counter() - begun
 
 
 @dataclass(frozen=True)

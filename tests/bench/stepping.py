@@ -1,14 +1,12 @@
-"""What the loop adds to a step, and how soon a killed group is back."""
+"""What the loop adds to a step."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,29 +14,19 @@ from torch.utils.data import Dataset
 
 import ddpkit
 from ddpkit.world import World
-from tests.bench.measure import SCRIPTS, Row, compare, in_turn, spread, tool
-
-
-def rows(repeats: int) -> list[Row]:
-    """The loop beside others on 2 ranks, its CPU time alone on one, and recovery."""
-    return [*_beside_peers(repeats), _cpu_alone(repeats), _recovery(max(3, repeats // 2))]
+from tests.bench.measure import SCRIPTS, Bar, Measurement, Row, in_turn, tool
 
 
 def _beside_peers(repeats: int) -> list[Row]:
-    command = [tool("ddpkit"), "launch", "--nproc-per-node", "2", str(SCRIPTS / "step_overhead.py"), str(4 * repeats)]
+    command = [tool("ddpkit"), "launch", "--nproc-per-node", "2", str(SCRIPTS / "step_overhead.py"), str(30 * repeats)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True
     )
     found = json.loads(done.stdout.strip().splitlines()[-1])
     milliseconds = {name: [1e3 * each for each in blocks] for name, blocks in found.items()}
-    hand = milliseconds["by hand"]
-    rows = []
-    for name, bar in (("ddpkit", 1.01), ("accelerate", float("inf")), ("Fabric", float("inf"))):
-        # Pair by pair, since the machine's speed drifts.
-        ratios = [a / b for a, b in zip(milliseconds[name], hand, strict=True)]
-        median = statistics.median(ratios)
-        rows.append(Row(f"step, 2 ranks: {name}", "x", median, "by hand", 1.0, len(hand), spread(ratios), bar))
-    return rows
+    ours = milliseconds.pop("ddpkit")
+    bars = {"by hand": 1.01, "accelerate": 1.0, "Fabric": 1.0}
+    return [Row("a step, 2 ranks", "ms", ours, Bar(bars[name]), name, peer) for name, peer in milliseconds.items()]
 
 
 class _Nothing(Dataset[torch.Tensor]):
@@ -49,7 +37,7 @@ class _Nothing(Dataset[torch.Tensor]):
         return torch.zeros(4)
 
 
-def _cpu_alone(repeats: int) -> Row:
+def _cpu_alone(repeats: int) -> list[Row]:
     """CPU time of `run.backward` and `run.step` beside ``loss.backward()``; fetching is left out of both."""
     steps = 2000
 
@@ -83,25 +71,7 @@ def _cpu_alone(repeats: int) -> Row:
             return (time.process_time() - begun) / steps * 1e6
 
         found = in_turn({"ours": ours, "hand": by_hand}, repeats)
-    added = [a - b for a, b in zip(found["ours"], found["hand"], strict=True)]
-    return Row("step, CPU added on 1 rank", "us", statistics.median(added), None, None, repeats, spread(added), 30.0)
+    return [Row("a step's CPU time, 1 rank", "us", found["ours"], Bar(30.0, of="difference"), "by hand", found["hand"])]
 
 
-def _recovery(repeats: int) -> Row:
-    script = str(SCRIPTS / "recover.py")
-    ours = [tool("ddpkit"), "launch", "--nproc-per-node", "2", "-o", "launch.max_restarts=1", script]
-    peer = [tool("torchrun"), "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend", "c10d"]
-    peer += ["--rdzv-endpoint", "127.0.0.1:0", script]
-    found = in_turn({"ours": lambda: _recover(ours), "peer": lambda: _recover(peer)}, repeats)
-    return compare("recovery from a killed rank", "s", found["ours"], "torchrun", found["peer"], 0.5)
-
-
-def _recover(command: list[str]) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        mark = Path(folder) / "mark"
-        # torchrun needs the second variable to restart with gloo on one node at all (torch 2.13).
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        done = subprocess.run([*command, str(mark)], capture_output=True, text=True, timeout=180, env=env)
-        if not mark.exists():
-            raise RuntimeError(f"{command}: no recovery\n{done.stdout}\n{done.stderr}")
-        return float(mark.read_text())
+MEASUREMENTS: dict[str, Measurement] = {"step": _beside_peers, "step-cpu": _cpu_alone}

@@ -75,7 +75,7 @@ def test_a_rank_zero_that_cannot_be_reached(shell: Shell, address: str, port: st
         threading.Thread(target=other.serve_forever, daemon=True).start()
         number = str(other.server_address[1]) if port == "other" else port
         env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": number}
-        code = f"from ddpkit import talk; talk._MEET_S = talk._STORE_S = 0.5; {_CLI}"
+        code = f"from ddpkit import talk; talk._MEET_S = 0.5; {_CLI}"
         # As the command line sees to it, before torch is imported.
         done = shell.run(prefix=(sys.executable, "-c", code), env=env | {"TORCH_CPP_LOG_LEVEL": "FATAL"})
         other.shutdown()
@@ -86,6 +86,47 @@ def test_a_rank_zero_that_cannot_be_reached(shell: Shell, address: str, port: st
 
 
 _CLI = "import sys; sys.argv = ['ddpkit', 'doctor']; from ddpkit.__main__ import main; main()"
+
+
+@pytest.mark.slow
+def test_other_oddities_are_one_message(shell: Shell) -> None:
+    done = shell.run("doctor", env={"GLOO_SOCKET_IFNAME": "nope0"})
+    assert done.returncode == 1
+    assert re.fullmatch(
+        r"ddpkit: GLOO_SOCKET_IFNAME=nope0: \S+ has no network interface nope0; it has .*\n", done.stderr
+    )
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Proxy) as other:
+        port = str(other.server_address[1])
+        env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = shell.run("doctor", env=env)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"ddpkit: MASTER_PORT={port} on 127.0.0.1 is taken by another process: .*\n", done.stderr)
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    done = shell.run("doctor", env=step | {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "RANK": "0", "WORLD_SIZE": "1"})
+    assert done.returncode == 2 and "  a Slurm step: there too: rank 1 of 2" in done.stdout
+    assert re.fullmatch(r"ddpkit: RANK=0 and WORLD_SIZE=1 contradict SLURM_PROCID=1 and .*\n", done.stderr)
+
+
+class _Silent(socketserver.BaseRequestHandler):
+    """Takes what comes, and says nothing."""
+
+    def handle(self) -> None:
+        while self.request.recv(4096):
+            pass
+
+
+@pytest.mark.slow
+def test_something_that_listens_and_says_nothing(shell: Shell) -> None:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), _Silent) as other:
+        other.daemon_threads = True
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        port = str(other.server_address[1])
+        env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        code = "import launch.doctor, sys; launch.doctor._LIMIT_S = 1.0; from launch import cli; cli.main(['doctor'])"
+        done = shell.run("-c", code, prefix=(sys.executable,), env=env | {"TORCH_CPP_LOG_LEVEL": "FATAL"})
+        other.shutdown()
+    assert done.returncode == 1
+    assert re.fullmatch(rf"ddpkit: rank 1 on \S+ still waits after 1 s: .* at 127.0.0.1:{port}, .*\n", done.stderr)
 
 
 def _deaf() -> Any:

@@ -111,8 +111,11 @@ dist.all_reduce(torch.ones(1))  # the others wait here for the one that fails
         ("raise ValueError('the cause')", "ValueError: the cause"),
         ("os.kill(os.getpid(), 9)", "SIGKILL"),
         ("sys.exit(4)", "exit code 4"),
+        ("os._exit(0)", "left with exit code 0 while others were still at work"),
+        pytest.param("sys.exit(0)", "left with exit code 0 while others were still at work", marks=pytest.mark.slow),
+        pytest.param("sys.exit(75)", "left with exit code 75 while others were still at work", marks=pytest.mark.slow),
     ],
-    ids=["exception", "kill", "exit"],
+    ids=["exception", "kill", "exit", "left", "left-late", "left-75"],
 )
 def test_the_cause_and_not_its_consequence_in_a_collective(shell: Shell, code: str, words: str) -> None:
     shell.script("blocked.py", BLOCKED)
@@ -123,6 +126,21 @@ def test_the_cause_and_not_its_consequence_in_a_collective(shell: Shell, code: s
     assert done.stderr.count("Traceback (most recent call last)") == (1 if "raise" in code else 0)
     others = json.loads((shell.cwd / "kept/failure.json").read_text())["others"]
     assert {other["rank"] for other in others} == {0, 1}
+
+
+def test_leaving_early_is_no_failure_where_nobody_misses_the_rank(shell: Shell) -> None:
+    shell.script("early.py", "import os, time\nif os.environ['RANK'] == '0': time.sleep(0.5)\n")
+    done = shell.run("launch", *SPAWN, "-o", "launch.stall_timeout_s=5", "--nproc-per-node", "2", "early.py")
+    # And that script has no use for what it was given.
+    said = "ddpkit: launch.stall_timeout_s: of no effect, as no rank has entered ddpkit.runtime()\n"
+    assert (done.returncode, done.stderr) == (0, said)
+
+
+def test_a_scripts_own_exit_code_75_is_not_taken_for_a_stop(shell: Shell) -> None:
+    shell.script("own.py", "import sys\nsys.exit(75)\n")
+    done = shell.run("launch", *SPAWN, "--nproc-per-node", "1", "--run-dir", "kept", "own.py")
+    assert (done.returncode, done.stderr) == (75, "ddpkit: the script left by itself, with exit code 75\n")
+    assert not (shell.cwd / "kept/failure.json").exists()
 
 
 # Rank 3 fails, and the others 50 ms later. They agree on the moment by files that they leave and look for.

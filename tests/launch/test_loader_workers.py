@@ -32,7 +32,10 @@ if __name__ == "__main__":
         time.sleep(0.005)
 """
 
+# What the rank sees of it is a connection that has gone; of its end it hears a moment later, or in the next line.
+HANDING_OVER = "import multiprocessing.reduction as r; r.send_handle = lambda *a: os.kill(os.getpid(), 9)"
 DEATHS = {
+    HANDING_OVER: r"was ended by SIGKILL \(killed from outside: ",
     "os.kill(os.getpid(), 9)": r"was ended by SIGKILL \(killed from outside: ",
     "os.kill(os.getpid(), 11)": r"was ended by SIGSEGV \(a crash in native code\)",
     "print('my last words', flush=True); os._exit(3)": "ended its process with exit code 3",
@@ -50,9 +53,11 @@ def _fails(shell: Shell, *arguments: str) -> tuple[str, Any]:
     ("code", "workers", "context"),
     [
         ("os.kill(os.getpid(), 9)", "1", "fork"),
+        (HANDING_OVER, "1", "fork"),
         *(
             pytest.param(code, workers, context, marks=pytest.mark.slow)
             for code, workers, context in [
+                (HANDING_OVER, "3", "spawn"),
                 ("os.kill(os.getpid(), 9)", "2", "spawn"),
                 ("os.kill(os.getpid(), 11)", "2", "fork"),
                 ("print('my last words', flush=True); os._exit(3)", "1", "spawn"),
@@ -113,3 +118,35 @@ def test_the_sample_is_named(shell: Shell) -> None:
     assert "failed: ValueError: cannot be read (in DataLoader worker process 0)\n" in done.stderr
     if sys.version_info >= (3, 11):  # where an exception can be given a note
         assert "  at sample 7, position 7 of the epoch\n" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_worker_of_a_run_that_dies_as_it_hands_over(shell: Shell, start: str) -> None:
+    shell.script(
+        "data.py",
+        "import multiprocessing, os\nfrom tests.toy import dataset as made\n"
+        "def dataset(start):\n"
+        "    multiprocessing.set_start_method(start, force=True)\n"
+        "    return Data(made())\n"
+        "class Data:\n"
+        "    def __init__(self, inner): self.inner = inner\n"
+        "    def __len__(self): return len(self.inner)\n"
+        "    def __getitem__(self, item):\n"
+        f"        if item == 40: {HANDING_OVER}\n"
+        "        return self.inner[item]\n",
+    )
+    shell.config(
+        launch={"nproc_per_node": 1},
+        data={
+            "train": {"factory": "data:dataset", "args": {"start": start}},
+            "global_batch_size": 16,
+            "shuffle": False,
+            "loader": {"num_workers": 2},
+        },
+    )
+    done = shell.run("run", "config.yaml", "-o", "data.eval=null", "-o", "train.eval_step=null")
+    assert done.returncode == 1
+    kept = json.loads((shell.cwd / "run/failure.json").read_text())
+    assert kept["kind"] == "LoaderWorkerDied"
+    assert re.match(rf"the loader worker with pid \d+ {DEATHS[HANDING_OVER]}", kept["message"])

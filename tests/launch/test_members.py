@@ -30,7 +30,8 @@ from launch import members, plan
 from launch.job import Failure, Job
 from launch.members import LeadingNode, Membership
 from launch.output import Output
-from launch.supervise import LaunchFailed, Outcome, Place
+from launch.ranks import Outcome, Place
+from launch.supervise import LaunchFailed
 from tests.launch.shell import Shell, finish, wait_for
 
 CHILD = Path(launch.__file__).with_name("child.py")
@@ -156,7 +157,7 @@ def test_tasks_that_see_different_plans(shell: Shell) -> None:
 # ---------------------------------------------------------------------- the leader alone, and what it is told
 
 
-MEETING = "launchers of a test"
+MEETING = f"launchers of a test of process {os.getpid()}"
 
 
 @contextlib.contextmanager
@@ -188,12 +189,19 @@ class Follower:
     def send(self, **message: Any) -> None:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def fails(self, when: float, took_s: float) -> None:
+    def fails(self, when: float, took_s: float, is_consequence: bool = False) -> None:
         """Once it is started: tell of a failure in a message that has been under way for so long, and of the end."""
         assert b'"start"' in self._connection.recv(4096)
-        failure = Failure(self._rank, "other", when + self._ahead_s, 1, message=f"of {self._rank}")
+        words = f"of {self._rank}"
+        failure = Failure(self._rank, "other", when + self._ahead_s, 1, message=words, is_consequence=is_consequence)
         self.send(now=time.monotonic() + self._ahead_s - took_s, failures=[failure.to_json()])
-        self.send(now=time.monotonic() + self._ahead_s, codes=[1], results=[""])
+        self.send(now=time.monotonic() + self._ahead_s, left=[], stopped=False, results=[""])
+
+    def leaves(self, when: float) -> None:
+        """Once it is started: tell of the end of a rank that has no complaint."""
+        assert b'"start"' in self._connection.recv(4096)
+        left = Failure(self._rank, "other", when + self._ahead_s, 0, message=f"{self._rank} left")
+        self.send(now=time.monotonic() + self._ahead_s, left=[left.to_json()], stopped=False, results=[""])
 
 
 def test_nodes_with_different_numbers_of_gpus() -> None:
@@ -228,3 +236,21 @@ def test_failures_are_put_in_order_by_clocks_that_know_nothing_of_each_other() -
             thread.join()
     assert [failure.rank for failure in outcome.failures] == [2, 1]
     assert outcome.failures[0].when == pytest.approx(began - 1.0, abs=0.4)
+
+
+@pytest.mark.parametrize("left_before_s", [2.0, 0.5])
+def test_a_rank_elsewhere_that_left_is_the_cause_if_others_fail_by_that_afterwards(left_before_s: float) -> None:
+    with _leader(count=3) as node:
+        one, other = Follower(1, ahead_s=5000.0), Follower(2, ahead_s=-3000.0)
+        began = time.monotonic()
+        threads = [
+            threading.Thread(target=one.fails, args=(began - 1.0, 0.0, True)),
+            threading.Thread(target=other.leaves, args=(began - left_before_s,)),
+        ]
+        for thread in threads:
+            thread.start()
+        outcome = _ends(node)
+        for thread in threads:
+            thread.join()
+    left_first = left_before_s > 1.0
+    assert [failure.rank for failure in outcome.failures] == ([2, 1] if left_first else [1])

@@ -9,7 +9,6 @@ import pytest
 
 from ddpkit import config as configs
 from ddpkit.errors import UserError
-from launch import cli, commands
 from launch import plan as plans
 from launch.attempts import report_failure
 from launch.causes import cause_of, explain, is_consequence_like, order_by_cause
@@ -167,11 +166,3 @@ def test_exit_statuses_in_words() -> None:
     assert explain(-9).startswith("SIGKILL (killed from outside")
     assert explain(-15) == "SIGTERM"
     assert explain(-41) == "signal 41"
-
-
-@pytest.mark.parametrize("key", ["timeout_s", "stall_timeout_s"])
-def test_what_a_script_decides_itself_is_refused(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "script.py").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"launch.{key}: .* ddpkit.runtime\({key}=5\)"):
-        commands.launch(cli._parser().parse_args(["launch", "-o", f"launch.{key}=5", "script.py"]))

@@ -69,6 +69,25 @@ def test_a_failing_rank_is_reported_once(shell: Shell, code: str) -> None:
         assert "steps.py" in kept["traceback"]
 
 
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        ("os._exit(0)", None, "left with exit code 0 before the run was done"),
+        pytest.param("raise SystemExit", "RuntimeError", "sys.exit() in the middle of the run", marks=pytest.mark.slow),
+        pytest.param("raise SystemExit(75)", "RuntimeError", "sys.exit(75) in the middle of", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_leaves_a_run_early_is_the_cause(shell: Shell, code: str, kind: str | None, words: str) -> None:
+    _config_with(shell)
+    done = shell.run("run", "config.yaml", env={"BAD_RANK": "1", "DO": code})
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count(f"ddpkit: rank 1 on {socket.gethostname()} failed: ") == 1 and words in done.stderr
+    kept = json.loads((shell.cwd / "run/failure.json").read_text())
+    assert (kept["rank"], kept["kind"]) == (1, kind)
+    if kind is not None:
+        assert "steps.py" in kept["traceback"]
+
+
 def test_a_restart_goes_on_from_the_checkpoint(shell: Shell) -> None:
     _config_with(shell, max_restarts=1)
     once = "if not os.path.exists('once'): open('once', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"

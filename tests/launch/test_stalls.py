@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -67,6 +68,41 @@ def test_a_dead_lock_is_shown_with_its_stack(shell: Shell) -> None:
     assert "rank 1, Python stack:" in done.stderr
     assert "in get_stuck" in done.stderr and "lock.acquire()  # for ever" in done.stderr
     assert "rank 0, Python stack" not in done.stderr
+
+
+STUCK = """
+import sys, threading, torch, ddpkit, ddpkit.stall
+ddpkit.stall._STOPPING_S = 3.0
+lock = threading.Lock()
+
+def get_stuck(rank):
+    lock.acquire()
+    open(f"here-{rank}", "w").close()
+    lock.acquire()  # for ever
+
+with ddpkit.runtime(stall_timeout_s=1) as rt:
+    if rt.rank in map(int, sys.argv[1:]):
+        get_stuck(rt.rank)
+    torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stuck", [("1",), ("0", "1"), ("0",)], ids=["one of two", "both", "alone"])
+def test_one_signal_ends_a_script_that_is_stuck(shell: Shell, stuck: tuple[str, ...]) -> None:
+    shell.script("stuck.py", STUCK)
+    ranks = "1" if stuck == ("0",) else "2"
+    # Which counts instead of what the script says itself.
+    options = ("-o", "launch.stall_timeout_s=500", "--nproc-per-node", ranks, "--run-dir", "kept")
+    child = shell.start("launch", *options, "stuck.py", *stuck)
+    wait_for(lambda: all((shell.cwd / f"here-{rank}").exists() for rank in stuck), "the dead lock")
+    child.terminate()
+    done = finish(child, 60)
+    assert done.returncode == 1
+    assert re.search(r"failed: Stalled: no progress for \d+ s \(asked to stop\):", done.stderr)
+    for rank in stuck:
+        assert f"rank {rank}, Python stack:" in done.stderr
+    assert done.stderr.count("lock.acquire()  # for ever") >= 1 and "of no effect" not in done.stderr
 
 
 @pytest.mark.slow

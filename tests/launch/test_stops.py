@@ -156,6 +156,20 @@ def test_a_stop_during_the_start(shell: Shell, number: int, moment: str) -> None
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("options", [(), pytest.param(SPAWN, marks=pytest.mark.slow)], ids=["warm", "spawn"])
+def test_a_stop_while_ranks_import_is_not_waited_for(shell: Shell, options: tuple[str, ...]) -> None:
+    # As a short grace on a busy machine: nothing has begun that could be lost.
+    shell.script("slow.py", "import os, time\nopen('here-' + os.environ['RANK'], 'w').close()\ntime.sleep(1000)\n")
+    shell.script("slow_step.py", "import slow\ndef step(model, batch): ...\n")
+    shell.config(train={"step": "slow_step:step", "epochs": 1}, data=LONG["data"])
+    child = shell.start("run", "config.yaml", *options)
+    wait_for(lambda: _all_here(shell), "the imports")
+    child.terminate()
+    done = finish(child, 20)
+    said = "ddpkit: stopped on request (SIGTERM), before there was anything to save; run it again to continue\n"
+    assert (done.returncode, done.stderr) == (75, said)
+
+
 LOST = """
 import os, sys
 import ddpkit.__main__ as command

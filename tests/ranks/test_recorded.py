@@ -12,6 +12,7 @@ from torch import nn
 
 import ddpkit
 from ddpkit.errors import UserError
+from ddpkit.means import RankMeans
 from ddpkit.testing import run_ranks
 from tests import toy
 
@@ -45,6 +46,44 @@ def test_a_value_that_one_rank_alone_gives_is_its_own_mean(tmp_path: Path) -> No
     run_ranks(_fit, 3, str(tmp_path), step)
     assert [line["extra"] for line in _lines(tmp_path)] == [3.0, 3.0]
     assert all("loss" in line for line in _lines(tmp_path))
+
+
+STEPS: list[list[dict[str, float]]] = [  # by rank
+    [{"loss": 0.1}, {"loss": 0.2}, {"loss": 0.7}],
+    [{"loss": 0.1, "more": 1.0}, {"more": 0.3, "loss": 0.2}, {"loss": 0.7}],
+    [{"loss": 0.1, "more": 1.0}, {"more": 0.3, "loss": 0.2}, {"loss": 0.7, "more": 0.5}],
+    [{"less": 0.4}, {"less": 0.5}, {"loss": float("nan")}],  # the last rank's weight is 0 here
+    [{}, {}, {}],
+    [{"loss": 0.1}, {"loss": 0.2}, {"loss": 0.7}],
+]
+
+
+def _means(rt: ddpkit.Runtime, means: RankMeans, number: int) -> tuple[dict[str, float], bool]:
+    weight = 0.0 if number == 3 and rt.rank == 2 else 1.0 + rt.rank
+    return means.of(STEPS[number][rt.rank], weight, asks=number == rt.rank == 2)
+
+
+def _one_after_the_other() -> list[Any]:
+    with ddpkit.runtime(timeout_s=20) as rt:
+        means = RankMeans(rt.ranks, rt.device)
+        in_a_row = [_means(rt, means, number) for number in range(len(STEPS))]
+        each_alone = [_means(rt, RankMeans(rt.ranks, rt.device), number) for number in range(len(STEPS))]
+        assert in_a_row == each_alone  # to the last bit: a resumed run begins anywhere
+        return in_a_row
+
+
+def test_means_are_over_the_ranks_that_name_a_value_whatever_was_named_before() -> None:
+    by_rank = run_ranks(_one_after_the_other, 3)
+    assert by_rank[0] == by_rank[1] == by_rank[2]
+    assert [asked for _, asked in by_rank[0]] == [False, False, True, False, False, False]
+    for number, (found, _) in enumerate(by_rank[0]):
+        counted = [(1.0 + rank, STEPS[number][rank]) for rank in range(2 if number == 3 else 3)]
+        names = {name for _, given in counted for name in given}
+        assert found.keys() == names
+        for name in names:
+            given = [(weight, values[name]) for weight, values in counted if name in values]
+            mean = sum(weight * value for weight, value in given) / sum(weight for weight, _ in given)
+            assert found[name] == pytest.approx(mean, rel=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -93,7 +93,7 @@ def test_context_managers_are_left_whatever_happens() -> None:
         def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
             seen.append(f"out: {error}")
 
-    with pytest.raises(ValueError, match="boom"), ExitStack() as stack:  # noqa: PT012 - what is left is what is tested
+    with pytest.raises(ValueError, match="boom"), ExitStack() as stack:
         Callbacks([Managed(), Noting()]).entered(stack)
         raise ValueError("boom")
     assert seen == ["in", "out: boom"]

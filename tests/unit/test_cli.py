@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
     shell.config()
     shell.script("script.py", "")
     os.mkdir(shell.cwd / "empty")
+    with zipfile.ZipFile(shell.cwd / "archive.pyz", "w") as archive:
+        archive.writestr("main.py", "")
     cases: list[tuple[tuple[str, ...], str]] = [
         (("run", "none.yaml"), "none.yaml"),
         (("run", "config.yaml", "-o", "trian.epochs=1"), "train"),
@@ -127,6 +130,8 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
         (("doctor", "--launcher", "slurm"), "srun --nodes=2 --ntasks-per-node=2 ddpkit doctor"),
         (("run", "config.yaml", "--sweep", "seed=[1]"), "--sweep: an array of runs is for --launcher slurm"),
         (("launch", "missing.py"), "there is no file missing.py in"),
+        (("launch", "empty"), "empty has no __main__.py"),
+        (("launch", "archive.pyz"), "archive.pyz has no __main__.py"),
         (("launch", "-m", "no_such_module"), "there is no module no_such_module"),
         (("launch", "-m"), "nothing to launch"),
         (("launch",), "nothing to launch"),

@@ -10,8 +10,8 @@ WAITS = Answer("training", 7, "a collective", 10.0, collectives=30, at="train.py
 LATE = Answer("training", 7, None, 9.0, 29, "train.py:5 in step: lock.acquire()", ["  File train.py, line 5"])
 
 
-def _judge(*answers: Answer | None, timeout_s: float = 10.0) -> tuple[bool, str]:
-    verdict = judge(dict(enumerate(answers)), lambda rank: f"is silent, says {rank}", timeout_s)
+def _judge(*answers: Answer | None, timeout_s: float = 10.0, is_stopping: bool = False) -> tuple[bool, str]:
+    verdict = judge(dict(enumerate(answers)), lambda rank: f"is silent, says {rank}", timeout_s, is_stopping)
     return verdict.is_stalled, verdict.text
 
 
@@ -47,6 +47,15 @@ def test_one_stuck_rank_is_enough_beside_one_that_works() -> None:
 def test_nobody_waits() -> None:
     is_stalled, text = _judge(LATE, LATE)
     assert not is_stalled and text.startswith("no rank waits for another:\nrank 0 (training")
+
+
+def test_who_has_been_asked_to_stop_is_stuck_though_nobody_waits_for_it() -> None:
+    is_stalled, text = _judge(LATE, replace(LATE, still_s=1), is_stopping=True)
+    assert is_stalled and text.count("Python stack") == 1 and "rank 0, Python stack:\n  File train.py" in text
+    busy, saving = replace(LATE, is_busy=True), replace(LATE, phase="saving")
+    for others in ((), (WAITS,)):
+        assert not _judge(busy, saving, *others, is_stopping=True)[0]
+    assert _judge(busy, WAITS)[0]  # with all the time that there is for a step
 
 
 def test_on_a_gpu_the_count_of_collectives_tells_who_waits() -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ddpkit.generators import HostGenerators
 from ddpkit.seeding import (
     epoch_key,
-    host_generators_kept,
     sample_key,
     seed_generators,
     seed_host_generators,
@@ -40,7 +40,7 @@ def test_the_generators_are_as_before_after_the_block_even_if_it_fails() -> None
     seed_host_generators(1)
     np.random.normal()  # leaves a second value in NumPy's cache
     expected_after = (random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state())
-    with pytest.raises(ZeroDivisionError), host_generators_kept():
+    with pytest.raises(ZeroDivisionError), HostGenerators().kept():
         seed_host_generators(2)
         draws()
         raise ZeroDivisionError

@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from ruamel.yaml import YAML
 
 from ddpkit import config as configs
 from ddpkit import slurm, world
+from ddpkit.checkpoint.claim import Place, Process
 from ddpkit.errors import ConfigError, UserError
 from ddpkit.slurm import JobState
-from launch import calls, cli, following, sbatch, snapshot, submission, sweep
+from launch import calls, cli, following, sbatch, snapshot, submission, submitting, sweep
 from launch.carrying import carried
 from launch.following import Watch
 from launch.job import Failure, Job
 from launch.plan import Plan
 from launch.submission import Submission
-from tests.launch.shell import ROOT, Shell
+from tests.launch.shell import ROOT, Shell, finish, wait_for
 
 CHILD = ROOT / "launch/child.py"
 
@@ -343,6 +345,48 @@ def test_what_is_submitted_already_is_not_submitted_again(play: Play, capsys: Ca
     play.says("forgotten")
     assert run("-o", "train.epochs=2") == 0
     assert len(os.listdir("run/slurm")) == 3
+
+
+def test_two_submissions_in_one_moment_are_one_job(play: Play) -> None:
+    log = play.folder / "calls"
+    play.program("sbatch", f"echo >> {log}; while [ ! -e {play.folder}/go ]; do sleep 0.02; done; echo batch job 7")
+    shell = Shell(Path.cwd())
+    first = shell.start("run", "config.yaml", "--launcher", "slurm")
+    wait_for(log.exists, "the submission")
+    with Path("said").open("wb") as said:
+        second = shell.start("run", "config.yaml", "--launcher", "slurm", stderr=said)
+    wait_for(lambda: f"ddpkit: process {first.pid} on " in Path("said").read_text(), "the other one waits")
+    (play.folder / "go").touch()
+    for done in (finish(first), finish(second)):
+        assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
+    assert "job 7 was submitted for this and has not ended" in Path("said").read_text()
+    assert len(log.read_text()) == 1 and os.listdir("run/slurm") == ["submission-0"]
+
+
+@pytest.mark.parametrize(
+    ("pid", "host", "old", "waits"),
+    [(2**22 + 1, None, False, False), (1, None, True, True), (1, "other", False, True), (1, "other", True, False)],
+)
+def test_who_submits_is_waited_for_while_it_may_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pid: int, host: str | None, old: bool, waits: bool
+) -> None:
+    monkeypatch.setattr(submitting, "_POLL_S", 0.0)
+    file = tmp_path / "slurm/.submitting"
+    file.parent.mkdir()
+    place = asdict(Place.here()) | ({} if host is None else {"host": host})
+    file.write_text(json.dumps({"place": place, "process": asdict(Process.running(pid))}))
+    if old:
+        os.utime(file, (0, 0))
+    waited = []
+
+    def ends(seconds: float) -> None:
+        waited.append(seconds)
+        file.unlink()
+
+    monkeypatch.setattr(time, "sleep", ends)
+    with submitting.alone(tmp_path):
+        assert json.loads(file.read_text())["process"]["pid"] == os.getpid()
+    assert bool(waited) == waits and os.listdir(file.parent) == []
 
 
 def test_refusals_come_before_the_submission(play: Play, capsys: Capture) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
 
+import ddpkit
 from ddpkit import slurm
 from ddpkit.errors import UserError
 from ddpkit.world import World, cpus_per_task, survey, tasks_per_node, thread_and_network_defaults
+from launch import cli
 
 RANK_3 = {
     "RANK": "3",
@@ -109,6 +112,7 @@ def test_what_is_written_is_read_back() -> None:
         ({"LOCAL_WORLD_SIZE": "0"}, r"LOCAL_WORLD_SIZE=0"),
         ({"LOCAL_WORLD_SIZE": "3"}, r"WORLD_SIZE=4 is not a multiple of LOCAL_WORLD_SIZE=3"),
         ({"MASTER_ADDR": None}, r"WORLD_SIZE=4 needs MASTER_ADDR"),
+        ({"MASTER_ADDR": ""}, r"WORLD_SIZE=4 needs MASTER_ADDR"),
         ({"MASTER_PORT": None}, r"WORLD_SIZE=4 needs MASTER_PORT"),
         ({"MASTER_PORT": "http"}, r"MASTER_PORT='http'"),
         ({"MASTER_PORT": "0"}, r"MASTER_PORT=0 is no port"),
@@ -209,6 +213,38 @@ def test_what_srun_and_mpirun_set_is_whole(env: dict[str, str], changes: dict[st
     changed = {name: value for name, value in (env | changes).items() if value is not None}
     with pytest.raises(UserError, match=words):
         World.from_env(changed)
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        ({"RANK": "0"}, r"sets RANK=0 but not WORLD_SIZE: .* Unset RANK"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1"},
+            r"RANK=0 and WORLD_SIZE=1 contradict SLURM_PROCID=3 and SLURM_STEP_NUM_TASK",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, r"to be rank 3 of 4; unset SLURM_STEP_ID for what they say"),
+        ({"RANK": "5", "WORLD_SIZE": "8"}, r"RANK=5 and WORLD_SIZE=8 contradict SLURM_PROCID=3"),
+        ({"RANK": "6", "WORLD_SIZE": "8"}, None),  # the second of two that this task has started
+        ({"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}, None),  # torchrun's, in each task
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_ID": str(0xFFFFFFFA)}, None),  # in the shell of an salloc
+        ({"RANK": "0", "WORLD_SIZE": "2"} | OPEN_MPI, None),
+    ],
+)
+def test_ranks_set_by_hand_inside_a_step(
+    rank: dict[str, str], words: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = STEP | {"MASTER_ADDR": "h0", "MASTER_PORT": "1"} | rank
+    if words is None:
+        assert World.from_env(env).rank == int(rank["RANK"])
+        return
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):  # as a plain script sees it
+        ddpkit.runtime()
+    assert cli.main(["launch", "--nproc-per-node", "2", __file__]) == 2
+    said = capsys.readouterr().err
+    assert re.match(rf"ddpkit: .*{words}", said) and said.count("\n") == 1
 
 
 def test_tasks_per_node() -> None:

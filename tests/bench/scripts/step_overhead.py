@@ -1,13 +1,13 @@
 """Seconds per step of the same small model under a hand-written loop, ddpkit, accelerate and Fabric; run on 2 ranks.
 
-All four live in the same processes and take turns block by block, so that a slow moment of the machine is everybody's.
-Prints one JSON line: {name: [median seconds per step of each block]}.
+All four live in the same processes and take turns of ten steps, in which ddpkit records one line, so that a slow moment
+of the machine is everybody's. Who comes first in a round changes from round to round.
+Prints one JSON line: {name: [seconds per step in each turn]}.
 """
 
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -23,7 +23,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 import ddpkit
 
-BATCH, STEPS = 32, 60
+BATCH, STEPS = 32, 10
+WARM_UP = 4  # rounds
 
 
 def model() -> nn.Module:
@@ -32,7 +33,7 @@ def model() -> nn.Module:
 
 
 def dataset(world_size: int) -> TensorDataset:
-    count = BATCH * world_size * STEPS * 20
+    count = BATCH * world_size * 1000
     return TensorDataset(torch.randn(64, 256).repeat(count // 64, 1), torch.randint(10, (count,)))
 
 
@@ -93,17 +94,14 @@ def with_fabric(data: TensorDataset) -> Iterator[None]:
             yield
 
 
-def block(steps: Iterator[None]) -> float:
-    """The median time of a step, over one turn; the first ones, after the others' turns, do not count."""
-    times = []
+def turn(steps: Iterator[None]) -> float:
+    begun = time.perf_counter()
     for _ in range(STEPS):
-        begun = time.perf_counter()
         next(steps)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[10:])
+    return (time.perf_counter() - begun) / STEPS
 
 
-def main(blocks: int) -> None:
+def main(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder, ddpkit.runtime() as rt, contextlib.redirect_stdout(sys.stderr):
         data = dataset(rt.world_size)
         folder = rt.ranks.decide("folder", folder)
@@ -114,12 +112,14 @@ def main(blocks: int) -> None:
             "Fabric": lambda: with_fabric(data),
         }
         running = {name: make() for name, make in loops.items()}
-        found: dict[str, list[float]] = {name: [] for name in running}
-        for turn in range(blocks + 1):
-            for name, steps in running.items():
+        names = list(running)
+        found: dict[str, list[float]] = {name: [] for name in names}
+        for number in range(-WARM_UP, rounds):
+            first = number % len(names)
+            for name in names[first:] + names[:first]:
                 dist.barrier()
-                taken = block(steps)
-                if turn:  # the first turn warms up
+                taken = turn(running[name])
+                if number >= 0:
                     found[name].append(taken)
         for steps in running.values():
             steps.close()
