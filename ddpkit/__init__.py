@@ -9,13 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddpkit.batch_size import largest_that_fits
     from ddpkit.callbacks import Callback
     from ddpkit.capturing import capture
-    from ddpkit.errors import DdpkitError, StopRequested, UserError
+    from ddpkit.ema import averaged
+    from ddpkit.errors import DdpkitError, NotFinite, StopRequested, UserError
     from ddpkit.initializing import initialize
     from ddpkit.loop import Evaluation, Saving, fit
+    from ddpkit.optimizing import Group, parameter_groups
+    from ddpkit.parts import channels_last, freeze
+    from ddpkit.precision import Precision, set_exactness
     from ddpkit.profiling import Profile
     from ddpkit.progress import ProgressBar
+    from ddpkit.recompute import recompute_activations
     from ddpkit.selection import Best, EarlyStopping
     from ddpkit.session import Runtime, runtime
     from ddpkit.summary import ModelSummary, summarize
@@ -28,7 +34,10 @@ __all__ = [
     "DdpkitError",
     "EarlyStopping",
     "Evaluation",
+    "Group",
     "ModelSummary",
+    "NotFinite",
+    "Precision",
     "Profile",
     "ProgressBar",
     "Runtime",
@@ -38,25 +47,42 @@ __all__ = [
     "Trackers",
     "UserError",
     "World",
+    "averaged",
     "capture",
+    "channels_last",
     "fit",
+    "freeze",
     "initialize",
+    "largest_that_fits",
+    "parameter_groups",
+    "recompute_activations",
     "runtime",
+    "set_exactness",
     "summarize",
 ]
 
 _HOMES = {
+    "largest_that_fits": "batch_size",
     "Callback": "callbacks",
     "capture": "capturing",
+    "averaged": "ema",
     "DdpkitError": "errors",
+    "NotFinite": "errors",
     "StopRequested": "errors",
     "UserError": "errors",
     "initialize": "initializing",
     "Evaluation": "loop",
     "Saving": "loop",
     "fit": "loop",
+    "Group": "optimizing",
+    "parameter_groups": "optimizing",
+    "channels_last": "parts",
+    "freeze": "parts",
+    "Precision": "precision",
+    "set_exactness": "precision",
     "Profile": "profiling",
     "ProgressBar": "progress",
+    "recompute_activations": "recompute",
     "Best": "selection",
     "EarlyStopping": "selection",
     "Runtime": "session",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store  # where torch.distributed has it from, with its type
+from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
 
 from ddpkit import errors
 from ddpkit.errors import DdpkitError
@@ -58,15 +58,27 @@ class Ranks:
         world: who this rank is.
         store: shared by all ranks; within the process if there is only one.
         heartbeat: told when this rank waits for others.
+        thread: whose agreements these are, of a thread beside the main one (with a connection of its own): they are
+            counted apart from the main thread's, whatever their names.
+        leaving: once it is set, waits are given up.
     """
 
-    def __init__(self, world: World, store: Store, heartbeat: Heartbeat | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        store: Store,
+        heartbeat: Heartbeat | None = None,
+        thread: str | None = None,
+        leaving: threading.Event | None = None,
+    ) -> None:
         self.rank = world.rank
         self.world_size = world.world_size
         self._local_world_size = world.local_world_size
         self._local_leader = world.rank - world.local_rank
-        self._store = store
+        self._store = store if thread is None else PrefixStore(thread, store)
+        self._failures = store  # of all threads: whoever waits hears of them
         self._heartbeat = heartbeat or Heartbeat()
+        self._leaving = leaving or threading.Event()
         self._uses: dict[str, int] = defaultdict(int)
 
     def exchange(self, name: str, value: Any, timeout_s: float | None = None) -> list[Any]:
@@ -78,7 +90,7 @@ class Ranks:
             timeout_s: seconds to wait for the others; None waits as long as nobody fails.
 
         Raises:
-            RankFailed: another rank has said that it failed.
+            RankFailed: another rank has said that it failed, or this one is leaving.
             RanksMissing: ranks did not come within ``timeout_s``.
         """
         if self.world_size == 1:
@@ -86,24 +98,21 @@ class Ranks:
         use = self._uses[name]
         self._uses[name] += 1
         place = f"{name}/{use}"
-        self._store.set(f"{place}/{self.rank}", json.dumps(value))
-        # Rank zero reads everyone's and publishes the list: 3 store operations a rank, not one for each pair.
+        own = f"{place}/{self.rank}"
+        self._store.set(own, json.dumps(value))
+        # Rank zero reads everyone's and publishes the list: a few store operations a rank, however many ranks there
+        # are, not one for each pair; what grows with them is the size of one question and of two answers.
         if self.rank == 0:
             keys = [f"{place}/{rank}" for rank in range(self.world_size)]
-            deadline = None if timeout_s is None else time.monotonic() + timeout_s  # one for all ranks together
-            for key in keys:
-                left = None if deadline is None else deadline - time.monotonic()
-                self._await(key, name, place, left, timeout_s)
+            self._await(keys, name, place, timeout_s)
             gathered = "[" + ",".join(value.decode() for value in self._store.multi_get(keys)) + "]"
             self._store.set(f"{place}/all", gathered)
-            # All are here, so all have read the use before this one: its keys can go.
-            for key in [f"{name}/{use - 1}/{rank}" for rank in range(self.world_size)] if use else []:
-                self._store.delete_key(key)
-            if use:
+            if use:  # all are here, so all have read what was published before
                 self._store.delete_key(f"{name}/{use - 1}/all")
         else:
-            self._await(f"{place}/all", name, place, timeout_s, timeout_s)
+            self._await([f"{place}/all"], name, place, timeout_s)
             gathered = self._store.get(f"{place}/all").decode()
+        self._store.delete_key(own)  # rank zero has read it
         values: list[Any] = json.loads(gathered)
         return values
 
@@ -150,7 +159,7 @@ class Ranks:
         self._uses["main_first"] += 1
         key = f"main_first/{use}/{leader}"
         if self.rank != leader:
-            self._await(key, f"main_first (rank {leader} is at work)", key)
+            self._await([key], f"main_first (rank {leader} is at work)", key)
             cause = json.loads(self._store.get(key))
             followers = (self.world_size if scope == "global" else self._local_world_size) - 1
             if self._store.add(f"{key}/read", 1) == followers:  # the last one tidies up
@@ -189,29 +198,29 @@ class Ranks:
         """
         if self.world_size == 1:
             return self.rank, cause
-        return tell_failure(self._store, self.rank, cause)
+        return tell_failure(self._failures, self.rank, cause)
 
-    def _await(
-        self, key: str, name: str, place: str, left_s: float | None = None, timeout_s: float | None = None
-    ) -> None:
-        """Wait for ``key``, at most ``left_s`` of the ``timeout_s`` that the whole agreement has."""
+    def _await(self, keys: list[str], name: str, place: str, timeout_s: float | None = None) -> None:
         with self._heartbeat.waiting(name):
-            self._ask_for(key, name, place, left_s, timeout_s)
+            self._ask_for(keys, name, place, timeout_s)
 
-    def _ask_for(self, key: str, name: str, place: str, left_s: float | None, timeout_s: float | None) -> None:
+    def _ask_for(self, keys: list[str], name: str, place: str, timeout_s: float | None) -> None:
         started = time.monotonic()
         say_at = started + _SAY_AFTER_S
         pause, longest = _FIRST_PAUSE_S, _LONGEST_PAUSE_S * max(1.0, self.world_size / 64)
-        while not self._store.check([key]):
+        while not self._store.check(keys):
             time.sleep(pause)
             if pause < longest:
                 pause *= 2
                 continue
             now = time.monotonic()
-            if self._store.check([_FAILED]):
-                rank, cause = json.loads(self._store.get(_FAILED))
+            # Not if it has come meanwhile: then all are to fail together of what they have agreed on.
+            if self._failures.check([_FAILED]) and not self._store.check(keys):
+                rank, cause = json.loads(self._failures.get(_FAILED))
                 raise RankFailed(f"rank {rank} failed: {cause}")
-            if left_s is not None and now - started > left_s:
+            if self._leaving.is_set():
+                raise RankFailed(f"rank {self.rank} is leaving, and does not wait for {name}")
+            if timeout_s is not None and now - started > timeout_s:
                 missing = self._missing(place)
                 raise RanksMissing(
                     f"{name}: after {timeout_s:g} s these ranks have not come: {missing}; all others wait for them"

@@ -42,16 +42,16 @@ class End:
         self._clock = clock
         self._asked_at: float | None = None
 
-    def why_now(self, save_s: float, step_s: float) -> str | None:
+    def why_now(self, save_s: float, first_s: float) -> str | None:
         """Why to stop now; None to go on. May take as long as Slurm's commands.
 
         Args:
             save_s: seconds that a save takes.
-            step_s: seconds that a step takes, which is to be finished first.
+            first_s: seconds that what is to be finished first takes: a step, and a save that is under way.
         """
         if self._ends_at is None and self._asked_at is None:
             self._look()
-        margin_s = _RESERVE_S + 2 * save_s + step_s
+        margin_s = _RESERVE_S + 2 * save_s + first_s
         if not self.is_within(margin_s):
             return None
         if self._asked_at is None or self._clock() - self._asked_at >= _ASK_S:
@@ -112,7 +112,8 @@ class AllocationWatch:
         asked = False
         while not self._leaving.wait(_LOOK_S):
             if not asked:
-                reason = self._end.why_now(self._heartbeat.longest_save_s, self._heartbeat.longest_step_s)
+                first_s = self._heartbeat.longest_step_s + self._heartbeat.save_left_s
+                reason = self._end.why_now(self._heartbeat.longest_save_s, first_s)
                 if reason is not None and not self._leaving.is_set():
                     asked = True
                     self._request(reason)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import enum
+import inspect
+import itertools
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, TypeVar
 
@@ -120,7 +123,8 @@ S = TypeVar("S", bound=BaseModel)
 class Section(BaseModel):
     """What all parts of the tree share: frozen, exact types, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    # Not use_attribute_docstrings: it reads this file anew for each class, 6 % of a dry run; see `schema`.
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 def _list() -> Any:
@@ -226,6 +230,19 @@ class InitFrom(Section):
     """Whether a tensor of another shape is left out instead of refused."""
 
 
+class Ddp(Section):
+    """Options of `DistributedDataParallel`, by torch's names."""
+
+    find_unused_parameters: bool = False
+    """Whether parameters may be without gradient in a step, at the price of a walk over the graph in each."""
+    static_graph: bool = False
+    """Whether each step uses the same parameters in the same way, which lets torch do less."""
+    gradient_as_bucket_view: bool = False
+    """Whether gradients live in the buffers that are sent, which saves the memory of one set of gradients."""
+    bucket_cap_mb: Positive | None = None
+    """Size of those buffers in MB; null: torch's default."""
+
+
 class Model(Factory):
     """The model: `factory(**args)` gives an `nn.Module`."""
 
@@ -233,8 +250,14 @@ class Model(Factory):
     """Whether batch normalisation takes its statistics over the batches of all ranks."""
     parallel: Literal["ddp", "fsdp2", "accelerate"] = "ddp"
     """How the model is spread over the ranks."""
-    compile: bool = False
-    """Whether the model goes through `torch.compile`."""
+    ddp: Ddp = Ddp()
+    """Options of `DistributedDataParallel`, by torch's names."""
+    compile: bool | dict[str, JsonValue] = False
+    """Whether the model goes through `torch.compile`; a mapping has options of it (`{mode: reduce-overhead}`)."""
+    channels_last: bool = False
+    """Whether images and the weights of convolutions are kept with the channels last in memory."""
+    freeze: tuple[str, ...] = _list()
+    """Class names, or patterns of module or parameter names, of parts that are not trained."""
     activation_checkpointing: tuple[str, ...] = _list()
     """Class names, or patterns of module names, whose activations are computed again instead of kept."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
@@ -273,8 +296,9 @@ class Data(Section):
     """The evaluation data, likewise; it goes together with `train.eval_step`."""
     global_batch_size: Count
     """Samples per optimizer step over all ranks: the same on 1 rank or 100."""
-    micro_batch_size: Count | None = None
-    """Samples per rank and forward pass; gradients are accumulated over the passes. null: one pass."""
+    micro_batch_size: Count | Literal["auto"] | None = None
+    """Samples per rank and forward pass; gradients are accumulated over the passes. null: one pass. auto: as many as
+    fit into memory, tried out at the start."""
     eval_batch_size: Count | None = None
     """Samples per rank and forward pass in evaluation; null: as in training."""
     shuffle: bool = True
@@ -290,10 +314,21 @@ class Data(Section):
 class ParamGroup(Section):
     """Parameters with settings of their own."""
 
-    params: tuple[str, ...] = Field(strict=False, min_length=1)
+    params: tuple[str, ...] = _list()
     """Patterns of parameter names, as in a shell (`*.bias`); the first group that matches has it."""
+    modules: tuple[str, ...] = _list()
+    """Class names, or patterns of module names, with all parameters in them."""
     args: dict[str, JsonValue] = {}
     """The settings of the group, over those of the optimizer."""
+
+
+class ScaleLr(Section):
+    """A rule by which learning rates follow the global batch size."""
+
+    rule: Literal["linear", "sqrt"]
+    """Whether they grow as the batch size does, or as its square root."""
+    batch_size: Count
+    """The global batch size for which they are right as given."""
 
 
 class Optimizer(Factory):
@@ -301,13 +336,21 @@ class Optimizer(Factory):
 
     groups: tuple[ParamGroup, ...] = _list()
     """Parameters with settings of their own; all others have those of `args`."""
+    no_decay: tuple[Literal["norms", "biases"], ...] = _list()
+    """Kinds of parameters without weight decay, in all groups: those of normalisation layers, and biases."""
+    scale_lr: ScaleLr | None = None
+    """A rule by which learning rates follow the global batch size; null: they are as given."""
 
 
 class Scheduler(Factory):
-    """The learning rate's schedule: `factory(optimizer, **args)`."""
+    """The learning rate's schedule: `factory(optimizer, **args)`; a factory inside `args` gets the optimizer too, if it
+    has a parameter `optimizer`."""
 
     interval: Literal["step", "epoch"] = "step"
     """After what the schedule moves on: each optimizer step, or each epoch."""
+    metric: str | None = None
+    """A value of `train.eval_step`: the schedule moves on after each evaluation, whatever `interval` says, and gets it
+    (ReduceLROnPlateau). null: it gets none."""
 
 
 class Steps(Section):
@@ -360,10 +403,25 @@ class Train(Section):
     """Optimizer steps in all; either this or `epochs`."""
     eval_every: Count | Steps = 1
     """Epochs between evaluations, or `{steps: N}`."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16: autocast in the step; fp16 with loss scaling. The weights stay as they are."""
+    eval_ema: bool = False
+    """Whether the moving average of the weights is evaluated instead of the weights; needs `model.ema_decay`."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-true", "fp16-true"] = "fp32"
+    """bf16 and fp16: autocast around the step, whatever the weights are in; fp16 with loss scaling. With -true the
+    weights themselves, and all that is computed with them, are in it."""
+    tf32: bool | None = None
+    """Whether a GPU may round float32 to 19 bits in matrix products and convolutions; null: torch's default."""
     clip_grad_norm: Positive | None = None
-    """Largest norm of the gradient, over all parameters; null: no limit."""
+    """Largest norm of the gradient, over all parameters; null: no limit. The norm is recorded."""
+    clip_grad_value: Positive | None = None
+    """Largest absolute value in the gradient; null: no limit."""
+    log_grad_norm: bool = False
+    """Whether the gradient's norm is recorded when it is not limited, too."""
+    on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
+    """What is done when the loss or the gradient of a step is infinite or not a number on any rank. stop: say where it
+    came from, and fail, with the state before the step saved. skip: say so, and go on without the step. ignore: do not
+    look."""
+    max_skipped: int = Field(default=20, ge=0, lt=2**31)
+    """Steps in a row that may be skipped, also those by which fp16 finds its loss scale, before the run fails."""
     deterministic: bool = False
     """Bit-exactness on a GPU, at its price; on CPU it holds anyway."""
     early_stopping: EarlyStopping | None = None
@@ -372,6 +430,15 @@ class Train(Section):
     """What is called at the moments of a run: classes or functions that give a `ddpkit.Callback`, or one itself."""
     profile: Profile | None = None
     """Steps that are traced; null: none."""
+
+
+class Cudnn(Section):
+    """Settings of cuDNN; null: torch's default."""
+
+    benchmark: bool | None = None
+    """Whether the fastest of several ways to convolve is tried out for each shape."""
+    deterministic: bool | None = None
+    """Whether only ways are taken that give the same bits each time."""
 
 
 class Best(Section):
@@ -396,6 +463,8 @@ class Checkpoint(Section):
     """The best one, by a metric, is kept as well; null: none is."""
     max_failures: Count = 3
     """Saves in a row that may fail before the run fails."""
+    asynchronous: bool = True
+    """Whether training goes on while a save is written, from a copy in host memory; false: it waits, without a copy."""
 
 
 TrackerName: TypeAlias = Literal[
@@ -451,6 +520,8 @@ class Config(Section):
     """The learning rate's schedule; null: it stays."""
     train: Train
     """The loop."""
+    cudnn: Cudnn = Cudnn()
+    """Settings of cuDNN."""
     checkpoint: Checkpoint = Checkpoint()
     """When a checkpoint is written, and how many are kept."""
     trackers: Annotated[tuple[AnyTracker, ...], AfterValidator(_each_once)] = _list()
@@ -530,7 +601,27 @@ def dump(config: Config) -> str:
 
 def schema() -> dict[str, Any]:
     """JSON schema of the config file, with a description of each key."""
-    return Config.model_json_schema()
+    tree = Config.model_json_schema()
+    for name, section in [(Config.__name__, tree), *tree["$defs"].items()]:
+        kind = globals().get(name)
+        texts = _docstrings(kind) if isinstance(kind, type) and issubclass(kind, Section) else {}
+        for key, node in section.get("properties", {}).items():
+            if key in texts:
+                node["description"] = texts[key]
+    return tree
+
+
+def _docstrings(kind: type) -> dict[str, str]:
+    """The text below each field of a section, and of those that it is built on."""
+    found: dict[str, str] = {}
+    for part in (each for each in reversed(kind.__mro__) if each.__module__ == __name__):
+        (section,) = ast.parse(inspect.getsource(part)).body
+        assert isinstance(section, ast.ClassDef)  # its source
+        for field, text in itertools.pairwise(section.body):
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=key)), ast.Expr(value=ast.Constant(value=str(said))):
+                    found[key] = inspect.cleandoc(said)
+    return found
 
 
 def is_factory(value: JsonValue) -> TypeGuard[dict[str, JsonValue]]:
@@ -571,8 +662,6 @@ class _NotBuilt:
 
 _NOT_BUILT = (
     _NotBuilt("model.parallel", ("ddp",), "choose ddp"),
-    _NotBuilt("model.activation_checkpointing", ((),), "leave it out"),
-    _NotBuilt("model.ema_decay", (None,), "leave it out"),
     _NotBuilt("model.init_from", (None,), "leave it out and load the weights in model.factory"),
 )
 
@@ -631,6 +720,9 @@ _FREE_TO_CHANGE = (
     "train.profile",
     "train.epochs",
     "train.max_steps",
+    "train.on_nonfinite",
+    "train.max_skipped",
+    "train.log_grad_norm",
     "run_dir",
 )
 
@@ -703,8 +795,36 @@ def _not_plain(value: object, path: KeyPath) -> Iterator[_Problem]:
 
 def _contradictions(tree: JsonValue) -> Iterator[_Problem]:
     """Keys that do not go together. On the bare tree, so that they are told along with all other problems."""
-    data, train = _section(tree, "data"), _section(tree, "train")
-    if train is None:
+    yield from _unclear_lengths(tree)
+    for one, other, sentence in _AT_ODDS:
+        if _given(tree, one) and _given(tree, other):
+            yield _Problem(tuple(one.split(".")), sentence)
+    for one, other, sentence in _NEEDED:
+        if _given(tree, one) and not _given(tree, other):
+            yield _Problem(tuple(one.split(".")), sentence)
+    groups = _value(tree, "optimizer.groups")
+    for index, group in enumerate(groups if isinstance(groups, list) else []):
+        if isinstance(group, dict) and not (group.get("params") or group.get("modules")):
+            yield _Problem(("optimizer", "groups", index), "names no parameters; give params, modules or both")
+
+
+_AT_ODDS = (
+    ("train.clip_grad_value", "train.clip_grad_norm", "given with train.clip_grad_norm; give one of them"),
+    ("cudnn.benchmark", "train.deterministic", "given with train.deterministic, which rules it out"),
+)
+_NEEDED = (
+    ("data.eval", "train.eval_step", "given without train.eval_step; give both or neither"),
+    ("train.eval_step", "data.eval", "given without data.eval; give both or neither"),
+    ("train.eval_ema", "model.ema_decay", "given without model.ema_decay, so there is no average to evaluate"),
+    ("train.early_stopping", "train.eval_step", "given without data.eval and train.eval_step, which it goes by"),
+    ("checkpoint.best", "train.eval_step", "given without data.eval and train.eval_step, which it goes by"),
+    ("scheduler.metric", "train.eval_step", "given without data.eval and train.eval_step, which it comes from"),
+)
+
+
+def _unclear_lengths(tree: JsonValue) -> Iterator[_Problem]:
+    train = _value(tree, "train")
+    if not isinstance(train, dict):
         return
     lengths = [key for key in ("epochs", "max_steps") if train.get(key) is not None]
     if not lengths:
@@ -712,18 +832,14 @@ def _contradictions(tree: JsonValue) -> Iterator[_Problem]:
     elif len(lengths) == 2:
         sentence = "train.epochs and train.max_steps are both given; leave one out, or set it to null"
         yield _Problem(("train", "max_steps"), sentence)
-    has_data = data is not None and data.get("eval") is not None
-    has_step = train.get("eval_step") is not None
-    if data is not None and has_data and not has_step:
-        yield _Problem(("data", "eval"), "given without train.eval_step; give both or neither")
-    if data is not None and has_step and not has_data:
-        yield _Problem(("train", "eval_step"), "given without data.eval; give both or neither")
-    if train.get("early_stopping") is not None and not has_step:
-        yield _Problem(("train", "early_stopping"), "given without data.eval and train.eval_step, which it goes by")
-    if ((_section(tree, "checkpoint") or {}).get("best")) is not None and not has_step:
-        yield _Problem(("checkpoint", "best"), "given without data.eval and train.eval_step, which it goes by")
 
 
-def _section(tree: JsonValue, key: str) -> Mapping[str, JsonValue] | None:
-    section = tree.get(key) if isinstance(tree, dict) else None
-    return section if isinstance(section, dict) else None
+def _given(tree: JsonValue, key: str) -> bool:
+    return _value(tree, key) not in (None, False)
+
+
+def _value(tree: JsonValue, key: str) -> JsonValue:
+    """What is at a key's path; null where there is no such place."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree

@@ -45,6 +45,10 @@ class Stalled(DdpkitError):
     """Some ranks wait, and others will not come; the message says who is where."""
 
 
+class NotFinite(DdpkitError):
+    """A loss or a gradient is infinite or not a number; the message says where, and the state before it is saved."""
+
+
 class NoProgress(DdpkitError):
     """A Slurm job has come back too often without getting any further, so it does not come back again."""
 
@@ -55,3 +59,8 @@ class StopRequested(SystemExit):
     def __init__(self, reason: str) -> None:
         super().__init__(EXIT_STOPPED)
         self.reason = reason
+
+
+def is_orderly(error: BaseException) -> bool:
+    """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
+    return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, EXIT_DONE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -31,8 +32,9 @@ def check(config: Config, search_path: Sequence[str]) -> list[str]:
     ``search_path`` is the ``sys.path`` of the ranks. What only an import can decide counts as there.
     """
     lines = []
+    read = functools.cache(references.syntax_tree)  # most references are to the same file
     for key, ref in all_references(config):
-        problem = references.missing(parse(ref), search_path)
+        problem = references.missing(parse(ref), search_path, read)
         if problem is not None:
             lines.append(f"{key}: {problem}")
     return lines + missing_trackers(config)
@@ -58,11 +60,17 @@ def resolve(ref: str, key: str) -> object:
     return found
 
 
-def build(spec: Factory | Mapping[str, JsonValue], *positional: object, key: str) -> object:
+def build(
+    spec: Factory | Mapping[str, JsonValue],
+    *positional: object,
+    key: str,
+    shared: Mapping[str, object] | None = None,
+) -> object:
     """Call ``spec``'s factory with ``positional`` and its args, and return what it gives.
 
     Inside the args ``{factory: ..., args: ...}`` is built first and ``{ref: ...}`` is the object itself.
-    ``key`` is where the config says it (``optimizer``).
+    ``key`` is where the config says it (``optimizer``). ``shared`` are objects for every factory in there that has a
+    parameter of that name; one among ``positional`` is then not given twice.
 
     Raises ``ConfigError`` where the factory is not there, cannot be called, or does not take these arguments.
     What the factory itself raises is raised as it is, except that a value refused by one of torch's is a ConfigError.
@@ -75,8 +83,10 @@ def build(spec: Factory | Mapping[str, JsonValue], *positional: object, key: str
     target = resolve(factory, f"{key}.factory")
     if not callable(target):
         raise ConfigError(f"{key}.factory: {factory} is {_a(type(target).__name__)}, which cannot be called")
-    _check_fits(target, factory, positional, args, key)
-    built = {name: _built(value, f"{key}.args.{name}") for name, value in args.items()}
+    named = _wanted(target, args, shared or {})
+    positional = tuple(each for each in positional if not any(each is given for given in named.values()))
+    _check_fits(target, factory, positional, {**named, **args}, key)
+    built = {**named, **{name: _built(value, f"{key}.args.{name}", shared) for name, value in args.items()}}
     try:
         return target(*positional, **built)
     except (TypeError, ValueError) as error:
@@ -201,16 +211,27 @@ def _no_such_name(owner: object, name: str, ref: Reference, key: str) -> ConfigE
 # ---------------------------------------------------------------------- building
 
 
-def _built(value: JsonValue, key: str) -> object:
+def _built(value: JsonValue, key: str, shared: Mapping[str, object] | None) -> object:
     if is_reference(value):
         return resolve(str(value["ref"]), f"{key}.ref")
     if is_factory(value):
-        return build(value, key=key)
+        return build(value, key=key, shared=shared)
     if isinstance(value, dict):
-        return {name: _built(child, f"{key}.{name}") for name, child in value.items()}
+        return {name: _built(child, f"{key}.{name}", shared) for name, child in value.items()}
     if isinstance(value, list):
-        return [_built(child, f"{key}.{index}") for index, child in enumerate(value)]
+        return [_built(child, f"{key}.{index}", shared) for index, child in enumerate(value)]
     return value
+
+
+def _wanted(
+    target: Callable[..., object], args: Mapping[str, object], shared: Mapping[str, object]
+) -> dict[str, object]:
+    """The shared objects for which the factory has a parameter that the args leave open."""
+    try:
+        parameters = inspect.signature(target).parameters if shared else {}
+    except (ValueError, TypeError):  # as below
+        return {}
+    return {name: value for name, value in shared.items() if name in parameters and name not in args}
 
 
 def _check_fits(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ class Heartbeat:
         beats: grows with everything that the main thread gets done.
         waits_for: what it is waiting for other ranks for, outside of the process group; None if it is not.
         longest_save_s: the longest save so far, in seconds.
+        saving_since: when the save that is under way began, on the monotonic clock; None if there is none. It may be
+            one that a thread makes while the main thread trains.
         longest_step_s: the longest optimizer step so far, with the wait for its data.
     """
 
@@ -24,6 +27,7 @@ class Heartbeat:
         self.beats = 0
         self.waits_for: str | None = None
         self.longest_save_s = 0.0
+        self.saving_since: float | None = None
         self.longest_step_s = 0.0
 
     def beat(self) -> None:
@@ -33,6 +37,12 @@ class Heartbeat:
     def saved(self, seconds: float) -> None:
         """A save took so long."""
         self.longest_save_s = max(self.longest_save_s, seconds)
+
+    @property
+    def save_left_s(self) -> float:
+        """Seconds that the save under way, if there is one, may still take: as long as the longest in all."""
+        since = self.saving_since
+        return 0.0 if since is None else max(0.0, since + self.longest_save_s - time.monotonic())
 
     def stepped(self, seconds: float) -> None:
         """An optimizer step took so long."""

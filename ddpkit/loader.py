@@ -151,6 +151,14 @@ class Loader:
             self.position = 0
         self._ended = False
 
+    def take_back(self) -> None:
+        """Stand before the global batch of the pass given out last, which comes again then; for a state to be saved."""
+        part = self.current
+        if part is not None and self.position == part.batch_stop:
+            self.consumed -= part.batch_size
+            self.position = part.batch_start
+            self._ended = False
+
     def state_dict(self) -> dict[str, Any]:
         """The position, as samples over all ranks: it means the same at any world size."""
         return {
@@ -159,6 +167,7 @@ class Loader:
             "consumed": self.consumed,
             "at_end": self.at_end,
             "world_size": self._world.world_size,
+            "micro_batch_size": self._micro_batch_size,
             "length": len(self.dataset) if self._plan else None,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.errors import UserError
+from ddpkit.unused import Replicated
 from ddpkit.world import World
 
 
@@ -38,7 +40,7 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
     if not any(parameter.requires_grad for parameter in module.parameters()):
         share_buffers(module, world, with_parameters=True)  # DDP takes no such module; this is what it would do
         return module
-    wrapped = DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None, **ddp)
+    wrapped = Replicated(module, device_ids=[device.index] if device.type == "cuda" else None, **ddp)
     settle_buckets(wrapped)
     return wrapped
 
@@ -46,6 +48,11 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside; a module that was not wrapped is returned as it is."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def unsynced(model: nn.Module) -> AbstractContextManager[None]:
+    """The context for passes after which gradients stay on their rank, to be summed up to those of the last one."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def release(wrapped: nn.Module) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -25,12 +26,13 @@ _LINES_KEPT = 10_000  # for a disk that is full; some megabytes at most
 class JsonLines:
     """A file of JSON lines that only grows, except that a restore may cut its end off.
 
-    Lines for which a full disk has no room are kept, and written once there is some.
+    Lines for which a full disk has no room are kept, and written once there is some. Threads may write at once.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("a+b", buffering=0)
+        self._lock = threading.Lock()
         self._complained = False
         self._waiting: deque[bytes] = deque(maxlen=_LINES_KEPT)
         if self._ends_torn():
@@ -38,7 +40,11 @@ class JsonLines:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line, whole; on a full disk warn once and go on."""
-        self._waiting.append(json.dumps(line).encode() + b"\n")
+        with self._lock:
+            self._append(json.dumps(line).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        self._waiting.append(line)
         end = self._file.seek(0, os.SEEK_END)
         try:
             while self._waiting:

@@ -8,7 +8,7 @@ import importlib
 import keyword
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -30,14 +30,6 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Names:
-    """What a module's source defines at module level."""
-
-    defined: frozenset[str]
-    is_open: bool  # it may define more than can be seen (a star import, __getattr__, exec, globals())
-
-
-@dataclass(frozen=True)
 class _Module:
     """A module that was found: its source file, unless it is a mere folder, and where its submodules are."""
 
@@ -55,34 +47,15 @@ def parse(ref: str) -> Reference:
     raise ConfigError(f"{_cut(ref)!r} is no reference; {_example(ref, where, is_file)}")
 
 
-def missing(ref: Reference, search_path: Sequence[str]) -> str | None:
-    """Say what keeps ``ref`` from being found, or None: it is there, or only importing it can tell.
-
-    Reads files, imports nothing. ``search_path`` is the ``sys.path`` of the ranks.
-    """
-    try:
-        module = _find_file(ref) if ref.is_file else _find_module(ref, search_path)
-        if module is None:
-            return None
-        names = names_in(module.source) if module.source else Names(frozenset(), is_open=False)
-    except ConfigError as error:
-        return str(error)
-    first = ref.name.partition(".")[0]
-    if names.is_open or first in names.defined or _find_in(first, module.folders):
-        return None
-    alike = nearest(first, sorted(names.defined.union(submodules(module.folders))))
-    return f"'{ref}': no {first!r} in {module.source or ', '.join(module.folders)}{alike}"
-
-
-def names_in(source: Path) -> Names:
-    """Read the names that a file defines at module level off its syntax tree.
+def syntax_tree(source: Path) -> ast.Module:
+    """Parse a file.
 
     Raises ``ConfigError`` with file, line and message where it does not parse.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the import tells of invalid escapes
-            tree = ast.parse(source.read_bytes(), str(source))
+            return ast.parse(source.read_bytes(), str(source))
     except SyntaxError as error:
         line = f":{error.lineno}" if error.lineno else ""
         raise ConfigError(f"{source}{line}: {error.msg}") from None
@@ -90,14 +63,27 @@ def names_in(source: Path) -> Names:
         raise ConfigError(f"{source}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise ConfigError(f"{source}: cannot be parsed ({error})") from None
-    defined: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Global):
-            defined.update(node.names)
-    for node in _module_level(tree):
-        defined.update(_bound_by(node))
-    is_open = not defined.isdisjoint({"*", "__getattr__"}) or _plays_tricks(tree)
-    return Names(frozenset(defined - {"*"}), is_open)
+
+
+def missing(ref: Reference, search_path: Sequence[str], read: Callable[[Path], ast.Module] = syntax_tree) -> str | None:
+    """Say what keeps ``ref`` from being found, or None: it is there, or only importing it can tell.
+
+    Reads files, imports nothing. ``search_path`` is the ``sys.path`` of the ranks; ``read`` is `syntax_tree`, or one
+    that remembers what it has read.
+    """
+    try:
+        module = _find_file(ref) if ref.is_file else _find_module(ref, search_path)
+        if module is None:
+            return None
+        tree = read(module.source) if module.source else ast.Module([], [])
+    except ConfigError as error:
+        return str(error)
+    first = ref.name.partition(".")[0]
+    defined = {name for node in _module_level(tree) for name in _bound_by(node)}
+    if first in defined or _find_in(first, module.folders) or _may_define(tree, defined, first):
+        return None
+    alike = nearest(first, sorted(defined.union(submodules(module.folders))))
+    return f"'{ref}': no {first!r} in {module.source or ', '.join(module.folders)}{alike}"
 
 
 def submodules(folders: Iterable[str]) -> list[str]:
@@ -240,10 +226,14 @@ def _bound_by(node: ast.AST) -> Iterator[str]:
         yield node.rest
 
 
-def _plays_tricks(tree: ast.Module) -> bool:
-    """Whether the source may bind names in ways that cannot be read off it."""
-    return any(
-        (isinstance(node, ast.Name) and node.id in ("exec", "globals", "vars", "locals"))
+def _may_define(tree: ast.Module, defined: set[str], name: str) -> bool:
+    """Whether the source may bind ``name`` in another way than to define it at module level.
+
+    Asked last: a walk through all of a large file takes as long as parsing it.
+    """
+    return not defined.isdisjoint({"*", "__getattr__"}) or any(
+        (isinstance(node, ast.Global) and name in node.names)
+        or (isinstance(node, ast.Name) and node.id in ("exec", "globals", "vars", "locals"))
         or (isinstance(node, ast.Attribute) and node.attr == "modules")
         for node in ast.walk(tree)
     )

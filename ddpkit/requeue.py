@@ -27,9 +27,11 @@ log = logging.getLogger("ddpkit")
 
 EVENT = "requeued"
 LOST_NODE = "a lost node"
-"""Stands for the signal where there was none: the launcher has found that one of its nodes is gone."""
-Why = Literal["preempted", "time limit", "node lost", "already", "cancelled", "asked"]
-OURS: frozenset[Why] = frozenset({"preempted", "time limit", "node lost"})
+LOST_STEP = "a lost step"
+"""Stand for the signal where there was none: a launcher has found that one of its nodes is gone; the batch shell, that
+all of the job's step is, without a word."""
+Why = Literal["preempted", "time limit", "node lost", "step lost", "already", "cancelled", "asked"]
+OURS: frozenset[Why] = frozenset({"preempted", "time limit", "node lost", "step lost"})
 """What is for us to requeue."""
 COMES_BACK: frozenset[Why] = OURS | {"already"}
 _GOES_ON = frozenset(("RUNNING", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING"))
@@ -46,8 +48,9 @@ def why(state: JobState, allocation: Allocation, signal_name: str | None, warnin
         warning_signal: the one that comes before the time limit, without SIG ("USR2").
 
     Returns:
-        "preempted", "time limit", "node lost"; "already" if Slurm starts the job again by itself; "cancelled" if
-        somebody has ended it for good; "asked" if somebody has only signalled it, and the allocation goes on.
+        "preempted", "time limit", "node lost", "step lost"; "already" if Slurm starts the job again by itself;
+        "cancelled" if somebody has ended it for good; "asked" if somebody has only signalled it, and the allocation
+        goes on.
     """
     if state.restarts > allocation.restart_count:
         return "already"
@@ -57,8 +60,8 @@ def why(state: JobState, allocation: Allocation, signal_name: str | None, warnin
         return "time limit"
     if state.state not in _GOES_ON:
         return "cancelled"
-    if signal_name == LOST_NODE:
-        return "node lost"
+    if signal_name in (LOST_NODE, LOST_STEP):
+        return "node lost" if signal_name == LOST_NODE else "step lost"
     return "time limit" if signal_name in (None, f"SIG{warning_signal}") else "asked"
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +25,17 @@ from ddpkit.callbacks import Callbacks
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
-from ddpkit.errors import EXIT_STOPPED, SaveFailed, UserError
+from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
 from ddpkit.loader import Loader
 from ddpkit.means import RankMeans
 from ddpkit.measuring import Gauges, StepClock
-from ddpkit.model import unwrap
+from ddpkit.model import unsynced, unwrap
+from ddpkit.nonfinite import Fault
 from ddpkit.permutation import derive
 from ddpkit.progress import Lines, ProgressBar
 from ddpkit.record import Recorder
 from ddpkit.sampler import Pass
+from ddpkit.saving import Saver
 from ddpkit.seeding import seed_generators
 from ddpkit.selection import Best, EarlyStopping
 from ddpkit.state import pack, rng_state, set_rng_state
@@ -78,6 +80,8 @@ class Progress:
     """How long early stopping has waited; see `selection.EarlyStopping`."""
     ended: str | None = None
     """Why a callback has ended the run before its time."""
+    skipped: int = 0
+    """Steps in a row that were not taken since the newest one that was."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Run:
         best: Best | None = None,
         early_stopping: EarlyStopping | None = None,
         callbacks: Sequence[Any] = (),
+        asynchronous: bool = True,
         log_every: int = 10,
         attempt: Attempt = Attempt(),
         wait_for_claim_s: float = 15.0,
@@ -131,13 +136,12 @@ class Run:
         self._callbacks = Callbacks([*callbacks, *([] if has_bar else [Lines()])])
         self._noted: dict[str, Any] = {}
         self._asks_to_end: str | None = None
+        self._asynchronous = asynchronous
         self._log_every = log_every
         self._attempt = attempt
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
         self._means = RankMeans(rt.ranks, rt.device)
-        self._failures = 0
-        self._saved: dict[str, Any] | None = None
         self._tried_at = time.monotonic()
         self._save_is_due = False
         self._in_epochs = False
@@ -150,6 +154,7 @@ class Run:
         self._claim: Claim | None = None
         self._recorder: Recorder
         self._store: CheckpointStore
+        self._saver: Saver
 
     def __enter__(self) -> Run:
         ranks = self._rt.ranks
@@ -165,6 +170,15 @@ class Run:
                 warn=self._warn,
                 fence=self._fence,
                 best=self._best,
+            )
+            self._saver = self._stack.enter_context(
+                Saver(
+                    self._rt,
+                    self._store,
+                    self._recorder,
+                    asynchronous=self._asynchronous,
+                    max_failures=self._max_failures,
+                )
             )
             self._rt.begin(self._run_dir, self._note_requeue)
             self._stop_before_the_first_step()
@@ -224,6 +238,20 @@ class Run:
             yield self.progress.epoch
             self.end_epoch(is_last=self.progress.epoch + 1 >= count)
         self.finish()
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Around a batch's forward and backward pass: gradients are averaged over the ranks in a step's last one only.
+
+        Without it they are averaged in each, which gives the same, later.
+        """
+        part = self._loader.current if self._loader is not None else None
+        with ExitStack() as stack:
+            if part is not None and not part.is_last:
+                for model in self._objects.values():
+                    if isinstance(model, nn.Module):
+                        stack.enter_context(unsynced(model))
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass weighted by this rank's share, so that the gradient is the mean over the global batch.
@@ -321,9 +349,8 @@ class Run:
         ``weight`` is what this rank's values count for in their means; by default the samples of its last pass.
         """
         self.progress.step += 1
-        if self._loader is not None:
-            self.progress.samples = self._loader.consumed
-            self._counted = self._loader.current
+        self.progress.skipped = 0
+        self._note_samples()
         self._tell_step()
         self._callbacks.tell("on_step_end", self)
         if self.progress.step % self._log_every == 0:
@@ -331,6 +358,31 @@ class Run:
         self._noted.clear()
         if self._every_steps is not None and self.progress.step % self._every_steps == 0:
             self._save_is_due = True
+
+    def skip(self, fault: Fault, at_most: int = 20) -> None:
+        """In place of `step`, for one that was not taken because of ``fault``. Collective.
+
+        Its samples count, the step does not, and no schedule is to move on either.
+
+        Args:
+            fault: from `TrainStep`.
+            at_most: steps in a row that may be skipped.
+
+        Raises:
+            NotFinite: that were too many; the state before this step is saved.
+        """
+        self.let_go(fault, at_most)
+        self.boundary()
+
+    def let_go(self, fault: Fault, at_most: int) -> None:
+        """The first half of `skip`: count it, or end the run."""
+        if self.progress.skipped >= at_most:
+            self._end_before_step(fault)
+        self.progress.skipped += 1
+        self._note_samples()
+        self._rt.heartbeat.beat()
+        self._recorder.event("skipped", step=self.progress.step, cause=fault.text)
+        self._warn(f"step {self.progress.step + 1} was skipped: {fault.text}")
 
     def boundary(self, may_stop: bool = True) -> None:
         """The second half of `step`: save when due, stop when agreed."""
@@ -384,6 +436,8 @@ class Run:
         self.progress.evaluated = self.progress.step
         self._write("eval", values, clock)
         self._callbacks.tell("on_evaluation_end", self, values)
+        if self._best is not None:
+            self._saver.wait()  # it is compared with what is there
         told = self._rt.ranks.exchange("evaluation", [values, self._would_be_best(values), self._asks_to_end])
         values, is_best, _ = told[0]
         self.progress.values = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -469,6 +523,24 @@ class Run:
         if is_done:
             self._rt.heartbeat.phase = "training"
 
+    def _note_samples(self) -> None:
+        if self._loader is not None:
+            self.progress.samples = self._loader.consumed
+            self._counted = self._loader.current
+
+    def _end_before_step(self, fault: Fault) -> NoReturn:
+        """Save the state from before the step under way, and fail, on all ranks alike."""
+        step, skipped = self.progress.step, self.progress.skipped
+        if self._loader is not None:
+            self._loader.take_back()
+        try:
+            self._save(must=True)
+            saved = f"the state before it, of step {step}, is saved"
+        except SaveFailed as error:
+            saved = f"the state before it could not be saved ({error})"
+        before = f", after {skipped} that were skipped" if skipped else ""
+        raise NotFinite(f"step {step + 1} cannot be taken{before}: {fault.text}. The update was not made; {saved}")
+
     def _tell_step(self) -> None:
         heartbeat = self._rt.heartbeat
         heartbeat.step = self.progress.step
@@ -497,30 +569,13 @@ class Run:
 
     def _save(self, must: bool = False) -> None:
         self._save_is_due = False
-        if self._saved == asdict(self.progress):
-            return
+        self._tried_at = time.monotonic()
         with self._rt.heartbeat.during("saving"):
-            self._try_to_save(must)
+            self._saver.save(asdict(self.progress), self._snapshot_to_save, must=must)
 
-    def _try_to_save(self, must: bool) -> None:
-        started = self._tried_at = time.monotonic()
-        self._recorder.make_durable()  # the lines up to this step, before the checkpoint that counts on them
-        try:
-            self._callbacks.tell("on_save", self)
-            saved = self._store.save(self.progress.step, self._snapshot())
-        except SaveFailed as error:
-            self._failures += 1
-            self._recorder.event("save_failed", step=self.progress.step, cause=str(error))
-            if must or self._failures >= self._max_failures:
-                raise
-            self._warn(f"{error}. The run goes on; older checkpoints are kept ({self._failures} failed in a row).")
-            return
-        self._failures = 0
-        self._saved = asdict(self.progress)
-        seconds = round(time.monotonic() - started, 4)
-        self._rt.heartbeat.saved(seconds)
-        if saved.written:
-            self._recorder.event("saved", step=saved.step, bytes=saved.bytes, seconds=seconds)
+    def _snapshot_to_save(self) -> Snapshot:
+        self._callbacks.tell("on_save", self)
+        return self._snapshot()
 
     def _snapshot(self) -> Snapshot:
         replicated: dict[str, Any] = {}
@@ -548,7 +603,12 @@ class Run:
         pack({**snapshot.main, **snapshot.replicated})
 
     def _restore(self) -> None:
-        loaded = self._store.load_newest()
+        parameters = {
+            name: dict(unwrap(item).named_parameters(remove_duplicate=False))
+            for name, item in self._objects.items()
+            if isinstance(item, nn.Module)
+        }
+        loaded = self._store.load_newest(into=parameters)
         if loaded is not None:
             self._take_up(loaded)
         progress = self.progress
@@ -578,7 +638,7 @@ class Run:
         if afresh:
             self._warn(f"the checkpoint of step {loaded.step} has no state of the callbacks {', '.join(afresh)}")
         self.progress = Progress(**loaded.progress)
-        self._saved = dict(loaded.progress)
+        self._saver.restored(loaded.progress)
         self._rt.heartbeat.step = self.progress.step
         if loaded.own is not None:
             set_rng_state(loaded.own["rng"], self._rt.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import PrefixStore, Store  # where torch.distributed has them from, with types
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
 
 from ddpkit import evaluate as evaluation
@@ -24,18 +26,21 @@ from ddpkit import model as models
 from ddpkit.agree import AGREEMENTS, RankFailed, Ranks, is_consequence
 from ddpkit.allocation import ENDS, AllocationWatch
 from ddpkit.checkpoint import listing as checkpoints
-from ddpkit.errors import NoProgress, StopRequested, UserError
+from ddpkit.errors import NoProgress, StopRequested, UserError, is_orderly
 from ddpkit.fetching import LoaderOptions
 from ddpkit.gathering import GatheringWatch
 from ddpkit.heartbeat import Heartbeat
 from ddpkit.loader import Loader
+from ddpkit.nonfinite import Watch
 from ddpkit.permutation import derive
+from ddpkit.precision import Precision
 from ddpkit.progress import ProgressBar
 from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
 from ddpkit.selection import Best, EarlyStopping
 from ddpkit.stall import StallWatch
+from ddpkit.step import StepFunction, TrainStep
 from ddpkit.stop import Requests, StopVote
 from ddpkit.trackers import Trackers
 from ddpkit.world import Allocation, World
@@ -86,6 +91,7 @@ class Runtime:
         self._timeout_s = timeout_s
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
+        self._threads = 0
         self._has_own_stream = False
         self._entry = 0
         self._launched = launched.surrounding()
@@ -120,7 +126,7 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None or _is_orderly(error):
+            if error is None or is_orderly(error):
                 self._leave_together()
             else:
                 self._tell_failure(error)
@@ -162,6 +168,50 @@ class Runtime:
             seed_generators(derive(self.seed, "rank", self.rank))
             self._has_own_stream = True
         return wrapped
+
+    def train_step(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        function: StepFunction,
+        *,
+        precision: str = "fp32",
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        log_grad_norm: bool = False,
+        looks_for_nonfinite: bool = True,
+    ) -> TrainStep:
+        """Make what takes optimizer steps: precision, accumulation, scaling, clipping and checks in the right order.
+
+        Call ``step.accumulate(batch, loader.current)`` for each batch, after the last one of a step
+        ``values = step.update()``, and then ``run.step(**values)``, or ``run.skip(step.fault)`` where there is one.
+
+        Args:
+            model: as `wrap` gave it.
+            optimizer: over its parameters.
+            function: ``(model, batch) -> loss | {"loss": mean, "weight": n (optional), other scalars}``.
+            precision: "fp32", "bf16" or "fp16", whose ``step.scaler`` belongs to the state of a run; or "bf16-true" or
+                "fp16-true", for a module converted by ``Precision.named(...).convert(module)`` before it was wrapped.
+            clip_grad_norm: the largest norm of the gradient.
+            clip_grad_value: the largest absolute value in it.
+            log_grad_norm: give the norm among the values also where it is not clipped.
+            looks_for_nonfinite: do not take a step whose loss or gradient is not finite on some rank.
+        """
+        watch = Watch(self.ranks, model, self.device) if looks_for_nonfinite else None
+        if self.is_main:
+            Precision.named(precision).warn_if_slow(self.device)
+        return TrainStep(
+            model,
+            optimizer,
+            function,
+            self.world,
+            self.device,
+            precision,
+            clip_grad_norm,
+            clip_grad_value,
+            log_grad_norm,
+            watch,
+        )
 
     def loader(
         self,
@@ -236,6 +286,7 @@ class Runtime:
         trackers: Sequence[Any] = (),
         progress_bar: bool = False,
         callbacks: Sequence[Any] = (),
+        asynchronous: bool = True,
         log_every: int = 10,
         **objects: Any,
     ) -> Run:
@@ -252,6 +303,7 @@ class Runtime:
                 objects of your own.
             progress_bar: show one on rank zero.
             callbacks: what is called at the moments of the run; see `ddpkit.Callback`.
+            asynchronous: have training go on while a save is written, from a copy in host memory; False has it wait.
             log_every: optimizer steps between lines in metrics.jsonl.
             objects: what belongs to the run's state, by name: modules (wrapped or not), optimizers, loaders,
                 schedulers, and anything else with state_dict and load_state_dict.
@@ -271,6 +323,7 @@ class Runtime:
             best=best,
             early_stopping=early_stopping,
             callbacks=given,
+            asynchronous=asynchronous,
             log_every=log_every,
         )
         return self._stack.enter_context(run)
@@ -347,6 +400,17 @@ class Runtime:
         """
         if not self._has_begun and (reason := self.stop.poll()) is not None:
             self.leave(reason)
+
+    def ranks_beside(self, heartbeat: Heartbeat, leaving: threading.Event) -> Ranks:
+        """Partners in agreements for a thread beside the main one; all ranks make theirs in the same order.
+
+        Args:
+            heartbeat: of that thread.
+            leaving: once it is set, waits are given up.
+        """
+        self._threads += 1
+        thread = f"thread {self._threads}"
+        return Ranks(self.world, PrefixStore(AGREEMENTS, self._connect()), heartbeat, thread, leaving)
 
     def begin(self, run_dir: Path, note_requeue: Callable[[int, str], None]) -> None:
         """A run is being opened: from here it is the run that stops, at its own places.
@@ -526,11 +590,6 @@ def runtime(
         warning_signal=warning_signal,
         max_idle_requeues=max_idle_requeues,
     )
-
-
-def _is_orderly(error: BaseException) -> bool:
-    """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
-    return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, 0))
 
 
 def _check_even(world: World, store: Store) -> None:

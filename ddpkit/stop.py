@@ -40,6 +40,7 @@ from ddpkit.heartbeat import Heartbeat
 from ddpkit.world import World
 
 _LOOK_S = 0.2  # how often the thread looks for the others' requests; a stop waits for the current unit anyway
+_RANKS = 512  # more of them look less often, so that the store answers as many questions a second
 _ANSWER_S = 0.01  # how often it looks for the others' answers: they come within one look of theirs
 _REASON, _LAST = "stop/reason", "stop/last"
 
@@ -241,9 +242,10 @@ class StopVote:
     def _watch(self) -> None:
         store = self._store
         assert store is not None
+        look_s = _LOOK_S * max(1.0, self._world.world_size / _RANKS)
         try:
             while not self._leaving.is_set():
-                self._requests.wait(_LOOK_S)
+                self._requests.wait(look_s)
                 if (reason := self._requests.reason) is not None:
                     age_s = time.monotonic() - self._requests.since  # the clocks of two machines cannot be compared
                     store.compare_set(_REASON, "", json.dumps([reason, age_s]))

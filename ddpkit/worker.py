@@ -7,17 +7,16 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
 
-from ddpkit import factories
+from ddpkit import batch_size, ema, factories, scheduling
 from ddpkit.checkpoint.listing import checkpoints_directory
 from ddpkit.checkpoint.store import CheckpointStore
 from ddpkit.config import Config, Steps, dump, from_tree
@@ -28,6 +27,10 @@ from ddpkit.fetching import LoaderOptions
 from ddpkit.initializing import initialize
 from ddpkit.loop import Evaluation, Saving, fit
 from ddpkit.observers import observers
+from ddpkit.optimizing import Group, parameter_groups, scale_for_batch, scale_learning_rates
+from ddpkit.parts import channels_last, freeze
+from ddpkit.precision import Precision, set_exactness
+from ddpkit.recompute import recompute_activations
 from ddpkit.run import Attempt, check_same_tensors
 from ddpkit.selection import Best, EarlyStopping
 from ddpkit.session import Runtime, choose_device
@@ -102,22 +105,26 @@ def train(rt: Runtime, config: Config, attempt: Attempt, terminal: int | None = 
 
     What the user's code does here may take long: between its parts a stop can take place.
     """
-    _set_determinism(config)
+    _set_exactness(config)
     rt.stop_before_the_run()
     module = _module(config)
+    recompute_activations(module, config.model.activation_checkpointing, "model.activation_checkpointing")
     rt.stop_before_the_run()
     train_set = _dataset(config, "data.train")
     rt.stop_before_the_run()
     evaluation = _evaluation(rt, config)
-    if config.model.compile:
-        module.compile()
-    model = rt.wrap(module, sync_batchnorm=config.model.sync_batchnorm)
-    optimizer = _optimizer(config, module)
     data, options = config.data, _loader_options(rt, config.data.loader)
+    micro_batch_size = _micro_batch_size(rt, config, module, train_set, options)
+    if config.model.compile:
+        module.compile(**(config.model.compile if isinstance(config.model.compile, dict) else {}))
+    ddp = {name: value for name, value in dict(config.model.ddp).items() if value is not None}
+    model = rt.wrap(module, sync_batchnorm=config.model.sync_batchnorm, **ddp)
+    optimizer = _optimizer(config, module)
+    decay = config.model.ema_decay
     loader = rt.loader(
         train_set,
         global_batch_size=data.global_batch_size,
-        micro_batch_size=data.micro_batch_size,
+        micro_batch_size=micro_batch_size,
         shuffle=data.shuffle,
         drop_last=data.drop_last,
         sampler=_sampler(config),
@@ -136,22 +143,29 @@ def train(rt: Runtime, config: Config, attempt: Attempt, terminal: int | None = 
         loader=loader,
         optimizer=optimizer,
         step=_function(config.train.step, "train.step"),
-        scheduler=_scheduler(config, optimizer),
+        scheduler=scheduling.build(config.scheduler, optimizer) if config.scheduler else None,
         scheduler_interval=config.scheduler.interval if config.scheduler else "step",
+        scheduler_metric=config.scheduler.metric if config.scheduler else None,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
-        evaluation=evaluation,
+        evaluation=_in_batches_that_fit(config, evaluation, micro_batch_size),
         saving=Saving(
             saving.every_steps,
             saving.every_minutes,
             saving.keep,
             saving.max_failures,
+            saving.asynchronous,
             Best(**dict(saving.best)) if saving.best else None,
         ),
         early_stopping=EarlyStopping(**dict(early)) if (early := config.train.early_stopping) else None,
         callbacks=observers(config, terminal),
         precision=config.train.precision,
         clip_grad_norm=config.train.clip_grad_norm,
+        clip_grad_value=config.train.clip_grad_value,
+        log_grad_norm=config.train.log_grad_norm,
+        on_nonfinite=config.train.on_nonfinite,
+        max_skipped=config.train.max_skipped,
+        average=ema.averaged(model, decay) if decay is not None else None,
         log_every=config.log_every,
         attempt=attempt,
     )
@@ -159,23 +173,30 @@ def train(rt: Runtime, config: Config, attempt: Attempt, terminal: int | None = 
 
 def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
     """Evaluate a checkpoint and print the result, one JSON line, on rank zero. Writes nothing. Collective."""
+    _set_exactness(config)
     evaluation = _evaluation(rt, config)
     if evaluation is None:
         raise UserError("data.eval: the config has no data.eval and train.eval_step, so there is nothing to evaluate")
     model = _module(config).to(rt.device)
     directory = checkpoints_directory(Path(config.run_dir))
     store = CheckpointStore(directory, 1, rt.ranks, event=_ignore, warn=log.warning, fence=_ignore)
-    loaded = store.load_newest(step, read_only=True)
+    loaded = store.load_newest(step, read_only=True, into={"model": dict(model.named_parameters())})
     if loaded is None:
         raise UserError(f"{directory}: there is no checkpoint to evaluate yet")
-    state = {**loaded.replicated["model"], **loaded.main["model"]}
+    if evaluation.of_average and config.model.ema_decay is not None:
+        model = ema.averaged(model, config.model.ema_decay).module
+        state = ema.weights_in({**loaded.replicated[ema.NAME], **loaded.main[ema.NAME]})
+    else:
+        state = {**loaded.replicated["model"], **loaded.main["model"]}
     check_same_tensors("model", model.state_dict(), state)
     model.load_state_dict(state)
+    evaluation = _in_batches_that_fit(config, evaluation, loaded.main["loader"].get("micro_batch_size"))
+    assert evaluation is not None  # it was there before
     values = evaluate(
         rt,
         model,
         evaluation.dataset,
-        evaluation.step,
+        Precision.named(config.train.precision).applied_to(evaluation.step, rt.device),
         batch_size=evaluation.batch_size,
         options=evaluation.options,
         metrics=evaluation.metrics,
@@ -184,10 +205,13 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
         print(json.dumps({"step": loaded.step, **values}), file=sys.stdout, flush=True)  # noqa: T201 - the result
 
 
-def _set_determinism(config: Config) -> None:
-    if config.train.deterministic:
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
+def _set_exactness(config: Config) -> None:
+    set_exactness(
+        deterministic=config.train.deterministic,
+        tf32=config.train.tf32,
+        cudnn_benchmark=config.cudnn.benchmark,
+        cudnn_deterministic=config.cudnn.deterministic,
+    )
 
 
 def _module(config: Config) -> nn.Module:
@@ -197,7 +221,39 @@ def _module(config: Config) -> nn.Module:
         key = f"model.init.{index}"
         function = partial(factories.build, init, key=key)
         initialize(module, function, modules=init.modules, params=init.params, key=key)
-    return module
+    freeze(module, config.model.freeze, "model.freeze")
+    if config.model.channels_last:
+        channels_last(module)
+    return Precision.named(config.train.precision).convert(module)
+
+
+def _micro_batch_size(
+    rt: Runtime, config: Config, module: nn.Module, train_set: Any, options: LoaderOptions
+) -> int | None:
+    """As the config has it; auto: that with which the run goes on, or else the largest that fits. Collective."""
+    if config.data.micro_batch_size != "auto":
+        return config.data.micro_batch_size
+    share = -(-config.data.global_batch_size // rt.world_size)
+    known = batch_size.remembered(Path(config.run_dir), rt.world_size) if rt.is_main else None
+    known = rt.ranks.decide("size of micro batches", known)
+    if known is not None:
+        return min(int(known), share)
+    sizes = [each.nbytes for each in module.parameters() if each.requires_grad]
+    in_buckets = rt.world_size > 1 and not config.model.ddp.gradient_as_bucket_view
+    trial = batch_size.Trial(
+        module,
+        partial(_optimizer, config),
+        _function(config.train.step, "train.step"),
+        train_set,
+        options,
+        rt.device,
+        config.train.precision,
+        extra_bytes=sum(sizes) * (in_buckets + (config.model.ema_decay is not None)),
+    )
+    found = batch_size.largest_that_fits(rt.ranks, rt.device, trial, share)
+    if rt.is_main:
+        log.info("data.micro_batch_size: %d of %d samples fit into memory at once", found, share)
+    return found
 
 
 def _dataset(config: Config, key: str) -> Any:
@@ -217,16 +273,25 @@ def _dataset(config: Config, key: str) -> Any:
 def _evaluation(rt: Runtime, config: Config) -> Evaluation | None:
     if config.data.eval is None or config.train.eval_step is None:
         return None
-    every = config.train.eval_every
+    every, micro = config.train.eval_every, config.data.micro_batch_size
     share = -(-config.data.global_batch_size // rt.world_size)
     return Evaluation(
         dataset=_dataset(config, "data.eval"),
         step=_function(config.train.eval_step, "train.eval_step"),
-        batch_size=config.data.eval_batch_size or config.data.micro_batch_size or share,
+        batch_size=config.data.eval_batch_size or (micro if isinstance(micro, int) else share),
         every_epochs=None if isinstance(every, Steps) else every,
         every_steps=every.steps if isinstance(every, Steps) else None,
         options=_loader_options(rt, config.data.loader),
         metrics=_metrics(config),
+        of_average=config.train.eval_ema,
+    )
+
+
+def _in_batches_that_fit(config: Config, evaluation: Evaluation | None, size: int | None) -> Evaluation | None:
+    """With batches no larger than those that were found to fit, where the config leaves both open."""
+    is_open = config.data.micro_batch_size == "auto" and config.data.eval_batch_size is None
+    return (
+        replace(evaluation, batch_size=size) if evaluation is not None and size is not None and is_open else evaluation
     )
 
 
@@ -242,40 +307,17 @@ def _metrics(config: Config) -> dict[str, Any] | None:
 
 
 def _optimizer(config: Config, module: nn.Module) -> Optimizer:
-    built = factories.build(config.optimizer, _parameter_groups(config, module), key="optimizer")
+    settings = config.optimizer
+    named = [Group(group.params, group.modules, group.args) for group in settings.groups]
+    groups = parameter_groups(module, named, no_decay=settings.no_decay, key="optimizer.groups")
+    built = factories.build(settings, groups, key="optimizer")
     optimizer: Optimizer = factories.expect(
-        built, Optimizer, "optimizer.factory", "a torch.optim.Optimizer", ref=config.optimizer.factory
+        built, Optimizer, "optimizer.factory", "a torch.optim.Optimizer", ref=settings.factory
     )
+    if (scale := settings.scale_lr) is not None:
+        factor = scale_for_batch(scale.rule, config.data.global_batch_size, scale.batch_size)
+        scale_learning_rates(optimizer, factor)
     return optimizer
-
-
-def _parameter_groups(config: Config, module: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters by the first group whose pattern has their name; the rest come last."""
-    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not named:
-        raise ConfigError(f"model.factory: {config.model.factory} has no parameter to train")
-    groups = []
-    for index, group in enumerate(config.optimizer.groups):
-        names = [name for name in named if any(fnmatchcase(name, pattern) for pattern in group.params)]
-        if not names:
-            raise ConfigError(
-                f"optimizer.groups.{index}.params: {', '.join(group.params)} names no trainable parameter that an "
-                f"earlier group has not taken; the model has {', '.join(list(named)[:8])}, ..."
-            )
-        groups.append({"params": [named.pop(name) for name in names], **group.args})
-    return [*groups, {"params": list(named.values())}] if named else groups
-
-
-def _scheduler(config: Config, optimizer: Optimizer) -> Any:
-    if config.scheduler is None:
-        return None
-    scheduler = factories.build(config.scheduler, optimizer, key="scheduler")
-    if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict")):
-        raise ConfigError(
-            f"scheduler.factory: {config.scheduler.factory} returned {type(scheduler).__name__}; a scheduler is "
-            "needed: step, state_dict and load_state_dict"
-        )
-    return scheduler
 
 
 def _sampler(config: Config) -> Any:

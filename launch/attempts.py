@@ -175,9 +175,14 @@ def write(path: Path, tree: dict[str, Any]) -> None:
             temporary.unlink()
 
 
-def _take_number(run_dir: Path) -> int:
+def newest(run_dir: Path) -> int:
+    """The number of the newest attempt; -1 if there was none."""
     taken = [int(path.stem[8:]) for path in (run_dir / "attempts").glob("attempt-*.json") if path.stem[8:].isdigit()]
-    number = max(taken, default=-1) + 1
+    return max(taken, default=-1)
+
+
+def _take_number(run_dir: Path) -> int:
+    number = newest(run_dir) + 1
     while True:
         try:
             _path(run_dir, number).touch(exist_ok=False)

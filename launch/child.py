@@ -1,4 +1,4 @@
-"""Where the processes that launchers start begin: ``python .../launch/child.py {node|rank|task} ARGS``.
+"""Where the processes that launchers start begin: ``python .../launch/child.py {node|rank|task|leave} ARGS``.
 
 A file and not ``-m launch.child``: the user's directory may hold a ``launch.py`` of its own. This package is loaded
 from where it lies, under a name that nobody else uses, so that ``import launch`` in a script means what it always did.

@@ -10,29 +10,32 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddpkit import ema
 from ddpkit.checkpoint import listing
 from ddpkit.checkpoint.store import load_model_tensors
 from ddpkit.checkpoint.writer import write_tensors
 from ddpkit.errors import BrokenCheckpoint, SaveFailed, UserError
 
 
-def write_model(run_dir: Path, out: Path, step: int | None) -> None:
+def write_model(run_dir: Path, out: Path, step: int | None, *, averaged: bool = False) -> None:
     """Write the plain state_dict of the model: BatchNorm as BatchNorm, no wrapper's prefix.
 
     Args:
         run_dir: of the run.
         out: ends in .pt or .safetensors; replaced whole.
         step: None takes the newest intact checkpoint.
+        averaged: the moving average of the weights instead of the weights.
 
     Raises:
-        UserError: an unknown ending, no such checkpoint, or a file that cannot be written.
+        UserError: an unknown ending, no such checkpoint, no average in it, or a file that cannot be written.
         BrokenCheckpoint: the checkpoint of this step is not intact.
     """
     if out.suffix not in (".pt", ".safetensors"):
         raise UserError(
             f"export: {out} ends in {out.suffix or 'nothing'}; give a name that ends in .pt or .safetensors"
         )
-    tensors = load_model_tensors(_checkpoint(run_dir, step))
+    checkpoint = _checkpoint(run_dir, step)
+    tensors = ema.weights_in(_average(checkpoint)) if averaged else load_model_tensors(checkpoint)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if out.suffix == ".pt":
@@ -46,6 +49,13 @@ def write_model(run_dir: Path, out: Path, step: int | None) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _average(checkpoint: Path) -> dict[str, Tensor]:
+    try:
+        return load_model_tensors(checkpoint, ema.NAME)
+    except KeyError:
+        raise UserError(f"export: {checkpoint} has no average of the weights: model.ema_decay keeps one") from None
 
 
 def _save_pt(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -183,7 +183,7 @@ def _come_back(plan: Plan, allocation: Allocation, attempt: AttemptFile, ended: 
         return ended
     if outcome.stopped_by is None and not outcome.has_lost_node and not (outcome.is_saved and _is_near_end(allocation)):
         return ended  # a failure, or a script that stops by itself
-    step = _progress(plan, attempt.run_dir)
+    step = progress(plan, attempt.run_dir)
 
     def note(step: int, reason: str) -> None:
         attempt.end(_how(outcome), outcome.exit_code, requeued=reason)
@@ -232,7 +232,7 @@ def _is_near_end(allocation: Allocation) -> bool:
     return ends_at is not None and ends_at - time.time() < _NEAR_THE_END_S
 
 
-def _progress(plan: Plan, run_dir: Path) -> int:
+def progress(plan: Plan, run_dir: Path) -> int:
     """How far the work is: the newest checkpoint's step; of a script, which has its own, how often it has saved."""
     if plan.job.kind == "run":
         return max((step for step, _ in listing.complete(listing.checkpoints_directory(run_dir))), default=0)

@@ -7,8 +7,6 @@ import signal
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-import cloudpickle
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """What asks ranks to stop; blocked in a new rank until it can stop in an orderly way."""
 
@@ -191,4 +189,6 @@ class Failure:
 
 def unpickled(result: str) -> Any:
     """What a rank's call returned, out of an `Outcome`; None if it returned nothing of that kind."""
+    import cloudpickle  # for the results of functions alone
+
     return cloudpickle.loads(base64.b64decode(result)) if result else None

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -42,7 +42,7 @@ from .memory import Watch
 _LOOK_AT_PARENT_S = 1.0  # a forked child of the launcher may hold the control socket open
 
 
-def main(control_fd: str, start_method: str, scratch: str) -> int:
+def main(control_fd: str, start_method: str, scratch: str) -> NoReturn:
     """Serve one launcher until it says to end, or is gone. ``scratch``: a directory to remove at the end."""
     control = socket.socket(fileno=int(control_fd))
     # Orphans of ranks (loader workers of plain scripts) come to this process, which can then end them.
@@ -54,9 +54,9 @@ def main(control_fd: str, start_method: str, scratch: str) -> int:
     if start_method == "warm":
         # Nothing looks at the control socket during the import, and there is nothing yet to clean up.
         on_parents_death(signal.SIGKILL)
-        _import_once()
-        gc.collect()
-        gc.freeze()  # the collector would write to every object's page in every rank
+        if _is_over(control):  # the launcher was gone before that signal was asked for
+            _leave()
+        _import_once("torch._dynamo", "torch.nn.parallel", "torch.optim", "torch.utils.data", "ddpkit.session")
         on_parents_death(0)
     me = os.getpid()
     node = _Node(control, start_method, scratch)
@@ -66,13 +66,35 @@ def main(control_fd: str, start_method: str, scratch: str) -> int:
         if os.getpid() == me:  # forked ranks leave through here too, with children that may outlive their script
             end_descendants()
             shutil.rmtree(scratch, ignore_errors=True)  # if the launcher is not there to do so
-    return 0
+    _leave()
 
 
-def _import_once() -> None:
-    # DDP's constructor imports torch._dynamo otherwise, in each rank: 8 ranks would start 3 times as slowly.
-    for name in ("torch._dynamo", "torch.nn.parallel", "torch.optim", "torch.utils.data", "ddpkit.worker"):
+def _import_once(*names: str) -> None:
+    """Import what all ranks need before there are any.
+
+    DDP's constructor imports torch._dynamo otherwise, in each rank: 8 ranks would start 3 times as slowly. Without the
+    collector, which goes through what is there again and again as it grows, and finds 9 of 490 thousand objects: that
+    is a quarter of the time. Nor is it to go through it in the ranks, where it would write to every object's page.
+    """
+    gc.disable()
+    for name in names:
         importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+
+
+def _is_over(control: socket.socket) -> bool:
+    ready, _, _ = select.select([control], [], [], 0)
+    return bool(ready) and not control.recv(1, socket.MSG_PEEK)
+
+
+def _leave() -> NoReturn:
+    """End a process that has run no code but ours and torch's, and has nothing left to do.
+
+    Not by the interpreter's own end, which takes apart all that has been imported, for a quarter of a second in which
+    the launcher waits.
+    """
+    os._exit(0)
 
 
 class _Node:
@@ -123,6 +145,8 @@ class _Node:
 
     def _start(self, job: Job, orders: list[RankOrder]) -> None:
         end_descendants()  # of an attempt before: its store, whose keys mislead plain scripts, and what ranks have left
+        if self._start_method == "warm" and job.kind in ("run", "eval"):
+            _import_once("ddpkit.worker")  # with the config's types: a tenth of a second that scripts do without
         start_guard(self._control, self._scratch, self._listener)
         if self._listener is not None:  # it was sent ahead
             self._listener.close()
@@ -170,7 +194,7 @@ def start_guard(control: socket.socket, scratch: str, listener: socket.socket | 
     _fork(partial(_guard, listener, scratch), control, [])
 
 
-def _guard(listener: socket.socket | None, scratch: str) -> int:
+def _guard(listener: socket.socket | None, scratch: str) -> NoReturn:
     """End what the ranks have started when the node process is gone; serve their store, if that falls to this node."""
     node = os.getppid()
     on_parents_death(signal.SIGTERM)  # blocked in this process, as in a new rank: only the wait below takes it
@@ -180,7 +204,7 @@ def _guard(listener: socket.socket | None, scratch: str) -> int:
     del kept
     shutil.rmtree(scratch, ignore_errors=True)
     end_marked(node, scratch)  # the node process led this session
-    return 0
+    _leave()
 
 
 def _fork(body: Callable[[], int], control: socket.socket, others: list[int]) -> int:

@@ -95,7 +95,8 @@ def text(parameters: Mapping[str, Any], folder: Path, name: str, array: int | No
     """
     # A command of ours, instead of submitit's: its way is to pickle a function, and to run it under signal handlers
     # that ignore SIGTERM and save on rank zero alone. Here no user object is pickled, and what a stop means is agreed.
-    command = shlex.join([sys.executable, str(_CHILD), "task", str(folder)])
+    task, leave = (shlex.join([sys.executable, str(_CHILD), role, str(folder)]) for role in ("task", "leave"))
+    command = f"{task} || exec {leave} $?"
     made: str = _make_sbatch_string(command, folder, **{"job_name": name} | dict(parameters), map_count=array)
     return made
 

@@ -42,13 +42,17 @@ def main(directory: str) -> int:
         return error.exit_code
 
 
+def files(directory: Path, allocation: Allocation) -> tuple[Path, Path]:
+    """Where the plan of this job is, one of an array perhaps, and where its outcome goes."""
+    suffix = "" if allocation.array_index is None else f"-{allocation.array_index}"
+    return directory / f"plan{suffix}.json", directory / f"outcome{suffix}.json"
+
+
 class _Task:
     def __init__(self, directory: Path, me: World, allocation: Allocation) -> None:
-        index = allocation.array_index
-        suffix = "" if index is None else f"-{index}"
-        self._outcome = directory / f"outcome{suffix}.json"
+        plan, self._outcome = files(directory, allocation)
         self._me = me
-        text = (directory / f"plan{suffix}.json").read_bytes()
+        text = plan.read_bytes()
         self._token = hashlib.sha256(text).hexdigest()
         self._plan = _here(Plan.from_json(json.loads(text)), directory)
 

@@ -1,7 +1,7 @@
 """What a checkpoint holds: a snapshot of the run as files, and the way back.
 
-`take`, `write` and `commit` are apart, and none of them talks to another rank: a save can take the state,
-then write and commit while training goes on.
+`take`, `write` and `commit` are apart, and none of them talks to another rank: a save takes the state (and copies
+it: `ddpkit.checkpoint.staging`), then writes and commits while training goes on.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import heapq
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import xxhash
 from torch import Tensor
@@ -30,6 +30,9 @@ from ddpkit.checkpoint.writer import (
 )
 from ddpkit.errors import BrokenCheckpoint, SaveFailed
 from ddpkit.state import pack, tensor_names, unpack
+
+Targets: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+"""Tensors in use, by the entry of the replicated state and the key in it whose content they are to take up."""
 
 _REPLICATED = re.compile(r"replicated-\d{5,}\.safetensors")
 _MAIN = "main.safetensors"
@@ -68,6 +71,7 @@ class Loaded:
 class Part:
     """What one rank writes: its tensors by file, its skeletons, and a digest of the replicated layout."""
 
+    progress: dict[str, Json]
     files: dict[str, dict[str, Tensor]]
     shared: Json
     own: Json
@@ -77,7 +81,10 @@ class Part:
 
 
 def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
-    """This rank's part of a snapshot. Raises StateError for a state that cannot be saved."""
+    """This rank's part of a snapshot; its tensors are those of the snapshot.
+
+    Raises StateError for a state that cannot be saved.
+    """
     replicated, replicated_tensors = pack(snapshot.replicated)
     main, main_tensors = pack(snapshot.main if rank == 0 else None)
     own, own_tensors = pack(snapshot.own)
@@ -88,6 +95,7 @@ def take(snapshot: Snapshot, rank: int, world_size: int) -> Part:
         _own_file(rank): own_tensors,
     }
     return Part(
+        progress=snapshot.progress,
         files={name: tensors for name, tensors in files.items() if tensors},
         shared={"replicated": replicated, "main": main},
         own=own,
@@ -142,10 +150,12 @@ def undo_replacements(directory: Path) -> None:
             fsync_directory(directory)
 
 
-def read(directory: Path, found: Manifest, rank: int) -> Loaded:
+def read(directory: Path, found: Manifest, rank: int, into: Targets) -> Loaded:
     """Read a verified checkpoint, whatever the number of ranks that wrote it. Raises BrokenCheckpoint."""
     names = [proof.name for proof in found.files]
-    replicated = _read_files(directory, [name for name in names if _REPLICATED.fullmatch(name)])
+    shared = _shared(directory, found, "replicated")
+    files = [name for name in names if _REPLICATED.fullmatch(name)]
+    replicated = _read_files(directory, files, into=_places(shared, into))
     main = _read_files(directory, [name for name in names if name == _MAIN])
     had_part = rank < len(found.own)
     own = _read_files(directory, [name for name in names if had_part and name == _own_file(rank)])
@@ -153,35 +163,37 @@ def read(directory: Path, found: Manifest, rank: int) -> Loaded:
         step=found.step,
         world_size=found.world_size,
         progress=found.progress,
-        replicated=_unpack(directory, _shared(directory, found, "replicated"), replicated),
+        replicated=_unpack(directory, shared, replicated),
         main=_unpack(directory, _shared(directory, found, "main"), main),
         own=_unpack(directory, found.own[rank], own) if had_part else None,
     )
 
 
-def load_model_tensors(directory: Path) -> dict[str, Tensor]:
+def load_model_tensors(directory: Path, name: str = "model") -> dict[str, Tensor]:
     """The model's state_dict, for export, out of the checkpoint in ``directory``; only its tensors are read.
 
-    It is the entry "model" of the replicated state (parameters) with the entry "model" of the main state
-    (buffers), in the order of the list "model_keys" of the main state (the keys of the state_dict); without
+    It is the entry ``name`` of the replicated state (parameters) with the entry ``name`` of the main state
+    (buffers), in the order of the list "{name}_keys" of the main state (the keys of the state_dict); without
     that list, parameters come first. Tied entries are one tensor object. Verifies the checkpoint.
-    Raises BrokenCheckpoint; also when there is no such entry.
+    Raises BrokenCheckpoint, also when there is no model; KeyError when the run kept nothing else of this name.
     """
     found = manifest.verify(directory)
+    main = _shared(directory, found, "main")
+    if name != "model" and not (isinstance(main, dict) and name in main):
+        raise KeyError(name)
     entries: dict[str, Tensor] = {}
     for group, is_file in (("replicated", _REPLICATED.fullmatch), ("main", _MAIN.__eq__)):
         skeleton = _shared(directory, found, group)
-        model = skeleton.get("model", {}) if isinstance(skeleton, dict) else {}
+        model = skeleton.get(name, {}) if isinstance(skeleton, dict) else {}
         wanted = set(tensor_names(model))
         files = [proof.name for proof in found.files if is_file(proof.name)]
         entries.update(_unpack(directory, model, _read_files(directory, files, wanted)))
-    main = _shared(directory, found, "main")
     order = list(entries)
-    if isinstance(main, dict) and "model_keys" in main:
-        order = _unpack(directory, main["model_keys"], {})
+    if isinstance(main, dict) and f"{name}_keys" in main:
+        order = _unpack(directory, main[f"{name}_keys"], {})
     if not entries or set(order) != set(entries):
         raise BrokenCheckpoint(f"{directory}: expected a model with the entries {order}, found {list(entries)}")
-    return {name: entries[name] for name in order}
+    return {key: entries[key] for key in order}
 
 
 def _share(tensors: dict[str, Tensor], world_size: int) -> list[list[str]]:
@@ -215,10 +227,24 @@ def _shared(directory: Path, found: Manifest, group: str) -> Json:
     return found.shared[group]
 
 
-def _read_files(directory: Path, names: Iterable[str], wanted: set[str] | None = None) -> dict[str, Tensor]:
+def _places(skeleton: Json, targets: Targets) -> dict[str, Tensor]:
+    """The tensors of ``targets`` by the names under which their content is stored."""
+    places: dict[str, Tensor] = {}
+    for entry, tensors in targets.items():
+        stored = skeleton.get(entry) if isinstance(skeleton, dict) else None
+        for key, tensor in tensors.items():
+            match stored.get(key) if isinstance(stored, dict) else None:
+                case {"!": "tensor", "name": str(name), **more} if not more:
+                    places.setdefault(name, tensor)  # tied ones: the first
+    return places
+
+
+def _read_files(
+    directory: Path, names: Iterable[str], wanted: set[str] | None = None, into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensors.update(read_tensors(directory / name, wanted))
+        tensors.update(read_tensors(directory / name, wanted, into))
     return tensors
 
 

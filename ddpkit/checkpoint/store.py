@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
 
 from ddpkit.checkpoint import contents, listing, manifest
-from ddpkit.checkpoint.contents import Loaded, Part, Snapshot, load_model_tensors
+from ddpkit.checkpoint.contents import Loaded, Part, Snapshot, Targets, load_model_tensors
 from ddpkit.checkpoint.manifest import FileProof, Json, Manifest
 from ddpkit.checkpoint.writer import free_bytes, fsync_directory, raise_save_failed
 from ddpkit.errors import BrokenCheckpoint, DdpkitError, SaveFailed, StateError, Superseded, UserError
@@ -79,24 +79,34 @@ class CheckpointStore:
         self._fence = fence
         self._known_good: set[int] = set()  # steps written or verified by this process
 
-    def save(self, step: int, snapshot: Snapshot) -> SaveResult:
+    def beside(self, ranks: Ranks) -> CheckpointStore:
+        """The same store for a thread whose partners are ``ranks``; what is known of its checkpoints is shared.
+
+        One of the two may be at work at a time.
+        """
+        other = CheckpointStore(self._directory, self._keep, ranks, self._event, self._warn, self._fence, self._best)
+        other._known_good = self._known_good
+        return other
+
+    def save(self, step: int, take: Callable[[], Part]) -> SaveResult:
         """Write the checkpoint of ``step``, make it durable, prune the older ones. Collective.
 
+        ``take`` gives this rank's part, or raises what kept it from being taken.
         On every rank the same: StateError for a state that cannot be saved; SaveFailed, naming rank, host,
         path, needed and free bytes and caused by an OSError with the errno, with the older checkpoints
         untouched and nothing left behind; Superseded. An intact checkpoint of this step is left as it is if its
         progress is the same, and replaced otherwise (the run stopped in an evaluation, say); a broken one is set
         aside.
         """
-        part = self._take(snapshot)
+        part = self._agreed(take)
         target = self._directory / listing.step_name(step)
-        begin = partial(self._begin, step, target, snapshot.progress)
+        begin = partial(self._begin, step, target, part.progress)
         begun = self._from_main("save/begin", begin, SaveFailed)
         if begun is None:
             return SaveResult(step, target, _size(manifest.read(target)), written=False)
         temporary = self._directory / begun["name"]
         try:
-            content = self._write(step, snapshot.progress, part, temporary)
+            content = self._write(step, part.progress, part, temporary)
             commit = partial(contents.commit, content, temporary, target, self._fence, replace=begun["replaces"])
             self._from_main("save/commit", commit, SaveFailed)
         except BaseException as error:
@@ -113,8 +123,13 @@ class CheckpointStore:
             self._prune()
         return SaveResult(step, target, _size(content), written=True)
 
-    def load_newest(self, step: int | None = None, *, read_only: bool = False) -> Loaded | None:
+    def load_newest(
+        self, step: int | None = None, *, read_only: bool = False, into: Targets | None = None
+    ) -> Loaded | None:
         """Read the newest intact checkpoint, or that of ``step``; None when there never was one. Collective.
+
+        What fits a tensor of ``into`` is read straight into it, and is that tensor in the result: nothing is left to
+        be copied. All else has memory of its own.
 
         Broken ones that are newer are renamed ``broken-step-...`` with a warning and an event "set_aside"
         (step, path, problem), unless ``read_only``. On every rank the same: BrokenCheckpoint when there are
@@ -125,7 +140,7 @@ class CheckpointStore:
         picked = self._from_main("load/pick", partial(self._pick, step, read_only), BrokenCheckpoint)
         if picked is None:
             return None
-        loaded, _ = self._together("load/read", partial(self._read, picked), _nothing, BrokenCheckpoint)
+        loaded, _ = self._together("load/read", partial(self._read, picked, into or {}), _nothing, BrokenCheckpoint)
         return loaded
 
     def would_be_best(self, value: float) -> bool:
@@ -146,8 +161,7 @@ class CheckpointStore:
 
     # Saving
 
-    def _take(self, snapshot: Snapshot) -> Part:
-        take = partial(contents.take, snapshot, self._ranks.rank, self._ranks.world_size)
+    def _agreed(self, take: Callable[[], Part]) -> Part:
         part, layouts = self._together("save/take", take, lambda part: part.layout, StateError)
         different = [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]
         if different:
@@ -275,12 +289,12 @@ class CheckpointStore:
         self._known_good.add(found.step)
         return {"name": path.name, "digest": manifest.digest(found)}
 
-    def _read(self, picked: Json) -> Loaded:
+    def _read(self, picked: Json, into: Targets) -> Loaded:
         path = self._directory / picked["name"]
         found = manifest.read(path)
         if manifest.digest(found) != picked["digest"]:
             raise BrokenCheckpoint(f"{path}: differs from what rank 0 reads; do all hosts share this file system?")
-        return contents.read(path, found, self._ranks.rank)
+        return contents.read(path, found, self._ranks.rank, into)
 
     def _set_aside(self, step: int, path: Path, problem: str) -> None:
         self._fence()

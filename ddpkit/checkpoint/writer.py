@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddpkit.checkpoint.manifest import FileProof, Json, canonical
@@ -36,6 +38,7 @@ STORED_DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_READ_DTYPES = {name: dtype for dtype, name in STORED_DTYPES.items()}
 
 _PIECE = 8 << 20  # bytes hashed and written at a time: still in the processor's cache when written
 
@@ -63,23 +66,91 @@ def write_json(path: Path, value: Json) -> FileProof:
     return write_bytes(path, canonical(value))
 
 
-def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file on the CPU, in memory of their own; ``names`` None means all.
+def read_tensors(
+    path: Path, names: Collection[str] | None = None, into: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file on the CPU; ``names`` None means all.
 
-    Each tensor is copied out of the mapped file: the mapping ends with this call. A tensor that aliased the
-    file would end the process with SIGBUS if the file were truncated, or removed on a network file system,
-    while in use.
+    Each is read into the tensor of its name in ``into``, where that one is of the same kind and shape and can be read
+    into; otherwise into memory of its own. Nothing is mapped: a tensor that aliased the file would end the process
+    with SIGBUS if the file were truncated, or removed on a network file system, while in use.
     Raises BrokenCheckpoint.
     """
+    tensors = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            return {
-                name: file.get_tensor(name).clone()
-                for name in file.keys()  # noqa: SIM118  # not a dict
-                if names is None or name in names
-            }
-    except (SafetensorError, OSError) as error:
+        with path.open("rb", buffering=0) as file:
+            for name, entry in _entries(file).items():
+                if names is None or name in names:
+                    found = None if into is None else into.get(name)
+                    tensor = found if found is not None and _fits(found, entry) else _fresh(entry)
+                    _fill(file, tensor, entry)
+                    tensors[name] = tensor
+    except (OSError, ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{path}: expected a safetensors file, found: {error}") from error
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor in a file: what it is, and where its content begins."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def _entries(file: FileIO) -> dict[str, _Entry]:
+    """What a safetensors file says that it holds. Raises ValueError if it cannot be so."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header = json.loads(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("a header that is no JSON object")
+    header.pop("__metadata__", None)
+    return {name: _entry(described, 8 + length, size) for name, described in header.items()}
+
+
+def _entry(described: Json, data: int, size: int) -> _Entry:
+    match described:
+        case {"dtype": str(name), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if name in _READ_DTYPES:
+            dtype = _READ_DTYPES[name]
+        case _:
+            raise ValueError(f"a tensor described as {described!r:.80}")
+    # Checked before any memory is asked for.
+    if not all(isinstance(length, int) and length >= 0 for length in shape) or not 0 <= begin <= end <= size - data:
+        raise ValueError(f"a tensor described as {described!r:.80}")
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{end - begin} bytes for a tensor of {name} and shape {shape}")
+    return _Entry(dtype, tuple(shape), data + begin)
+
+
+def _fits(tensor: Tensor, entry: _Entry) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == entry.dtype
+        and tuple(tensor.shape) == entry.shape
+        and tensor.is_contiguous()
+    )
+
+
+def _fresh(entry: _Entry) -> Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype)
+
+
+def _fill(file: FileIO, tensor: Tensor, entry: _Entry) -> None:
+    if not tensor.numel():
+        return
+    memory = _memory(tensor).numpy().data
+    file.seek(entry.start)
+    done = 0
+    while done < len(memory):  # the kernel reads 2 GB at a time at most
+        count = file.readinto(memory[done:])
+        if not count:
+            raise ValueError(f"its end, {len(memory) - done} bytes early")
+        done += count
 
 
 def fsync_directory(path: Path) -> None:

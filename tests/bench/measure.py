@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+T = TypeVar("T")
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -68,9 +70,9 @@ Measurement = Callable[[int], list[Row]]
 """Takes the number of repeats; made for about a minute of the machine at five of them."""
 
 
-def in_turn(actions: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def in_turn(actions: dict[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
     """Each action's results, taken A B A B ...; the first round warms up and does not count."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
+    found: dict[str, list[T]] = {name: [] for name in actions}
     for round_number in range(repeats + 1):
         for name, action in actions.items():
             result = action()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 import ddpkit
-from ddpkit.agree import RankFailed, RanksMissing
+from ddpkit.agree import RankFailed, Ranks, RanksMissing
 from ddpkit.errors import UserError
 from ddpkit.rollcall import CollectiveTimeout
 from ddpkit.testing import RankDied, run_ranks
@@ -444,3 +444,22 @@ def _come_late() -> None:
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_place() -> None:
     with pytest.raises(CollectiveTimeout, match=r"(?s)within 3 s.*rank 1 .*in _come_late: time\.sleep\(30\)"):
         run_ranks(_come_late, 3)
+
+
+class PublishedLate(HashStore):
+    """Rank zero publishes its word, and fails of it, while rank 1 is between two looks."""
+
+    def check(self, keys: list[str]) -> bool:
+        found = super().check(keys)
+        if keys == ["failed"]:
+            self.set("word/0/all", "[1, 2]")
+            self.set("failed", '[0, "cause"]')
+            return True
+        return found
+
+
+def test_an_agreement_that_has_been_reached_is_heard_by_all_before_the_failure_that_follows() -> None:
+    ranks = Ranks(World(rank=1, world_size=2, local_rank=1, local_world_size=2), PublishedLate())
+    assert ranks.exchange("word", 2) == [1, 2]
+    with pytest.raises(RankFailed, match="rank 0 failed: cause"):
+        ranks.exchange("another", 2)

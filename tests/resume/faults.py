@@ -35,9 +35,10 @@ class Fault:
         count: at the how manieth of them, within one attempt; from 1.
         rank: on which rank.
         path: an audit event counts if its arguments contain this.
-        do: the signal's name.
+        do: the signal's name; none if it is empty.
         whom: "self", "parent", "grandparent", "group" (this process and its siblings) or "all" of them.
         hangs_s: seconds for which this process then does nothing.
+        until: the thread that came here goes on when training, beside it, has begun so many passes.
     """
 
     at: str
@@ -47,6 +48,7 @@ class Fault:
     do: str = "SIGKILL"
     whom: str = "self"
     hangs_s: float = 0.0
+    until: int = 0
 
 
 def plan(directory: Path, *faults: Fault) -> dict[str, str]:
@@ -62,6 +64,12 @@ def pending(directory: Path) -> list[Fault]:
     return [fault for number, fault in enumerate(faults) if not (directory / f"happened-{number}").exists()]
 
 
+class _Thread(threading.local):
+    """Each thread's own: whether it is looking at an event. What it does then makes events itself."""
+
+    is_busy = False
+
+
 class _Watch:
     """Counts the places that this process comes to."""
 
@@ -71,7 +79,7 @@ class _Watch:
         self.faults: list[tuple[int, Fault]] = []
         self.counts: list[int] = []
         self.visits: Counter[str] = Counter()
-        self.busy = False
+        self.thread = _Thread()
         if self.directory is not None:
             listed = [Fault(**tree) for tree in json.loads((self.directory / "faults.json").read_text())]
             self.faults = [(number, fault) for number, fault in enumerate(listed) if fault.rank == self.rank]
@@ -80,12 +88,12 @@ class _Watch:
                 sys.addaudithook(self.on_audit)
 
     def on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.busy and any(fault.at == event for _, fault in self.faults):
-            self.busy = True
+        if not self.thread.is_busy and any(fault.at == event for _, fault in self.faults):
+            self.thread.is_busy = True
             try:
                 self.come_to(event, repr(arguments))
             finally:
-                self.busy = False
+                self.thread.is_busy = False
 
     def come_to(self, place: str, arguments: str = "") -> int:
         """Count a visit, and let happen what is planned for it; the number of the visit."""
@@ -95,7 +103,7 @@ class _Watch:
                 continue
             self.counts[index] += 1
             if self.counts[index] == fault.count and self._is_first(number):
-                _happen(fault)
+                self._happen(fault)
         return self.visits[place]
 
     def _is_first(self, number: int) -> bool:
@@ -106,8 +114,17 @@ class _Watch:
             return False
         return True
 
+    def _happen(self, fault: Fault) -> None:
+        if fault.do:
+            _send(fault)
+            time.sleep(fault.hangs_s)
+            _until_agreed()
+        deadline = time.monotonic() + 30
+        while self.visits["train"] < fault.until and time.monotonic() < deadline:
+            time.sleep(0.002)
 
-def _happen(fault: Fault) -> None:
+
+def _send(fault: Fault) -> None:
     me = psutil.Process()
     parent = me.parent()
     assert parent is not None
@@ -126,8 +143,6 @@ def _happen(fault: Fault) -> None:
         process.send_signal(number)
     if number == signal.SIGKILL:
         time.sleep(60)  # whoever was killed takes this process along; nothing more may happen here
-    time.sleep(fault.hangs_s)
-    _until_agreed()
 
 
 def is_agreed() -> bool:

@@ -135,9 +135,10 @@ def test_of_two_started_together_one_trains(tmp_path: Path) -> None:
 
 
 def superseding_step(model: nn.Module, batch: Any) -> Any:
-    """At the fifth pass, somebody else takes the run over."""
+    """At the fifth pass, when the save of the fourth step has come as far as it is to, somebody else takes over."""
     if faults.watch().come_to("train") == 5 and os.environ["RANK"] == "0":
         path = Path(os.environ["TOY_CLAIM"])
+        until(lambda: any((path.parent / "checkpoints").glob(os.environ["TOY_SAVED"])))
         claim = json.loads(path.read_text())
         claim["token"], claim["claimant"]["place"]["host"] = "another", "elsewhere"
         path.with_suffix(".new").write_text(json.dumps(claim))
@@ -145,11 +146,16 @@ def superseding_step(model: nn.Module, batch: Any) -> Any:
     return toy.step(model, batch)
 
 
-def test_a_superseded_run_fails_clearly_and_commits_nothing_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_superseded_run_fails_clearly_and_commits_nothing_more(is_saved: bool, tmp_path: Path) -> None:
+    """After a save, or while it is written."""
     config = tree(tmp_path, train__step="tests.resume.test_from_the_shell:superseding_step")
-    end = start(config, 2, {"TOY_CLAIM": str(tmp_path / "claim.json")}, errors=True)
+    held = [] if is_saved else [Fault("open", 1, path="own-00000", do="", until=6)]
+    saved = "step-00000004" if is_saved else ".step-00000004*/main*"
+    env = {"TOY_CLAIM": str(tmp_path / "claim.json"), "TOY_SAVED": saved} | plan(tmp_path / "faults", *held)
+    end = start(config, 2, env, errors=True)
     assert end.startswith("Superseded") and "was taken over by" in end and "elsewhere" in end
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"][:is_saved]
     assert json.loads((tmp_path / "claim.json").read_text())["token"] == "another"
 
 

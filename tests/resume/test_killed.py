@@ -42,9 +42,26 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], list[Fault]]] = {
         },
         [TRAINING, EVALUATING, Fault("os.rename", 2, path="/.step-", whom="group")],
     ),
-    "evaluation by steps, an end in mid-epoch": (
+    "two ranks, in training while a save is written": (
         2,
-        {"train__eval_every": {"steps": 4}, "train__epochs": None, "train__max_steps": 15},
+        {},
+        [
+            Fault("open", 1, path="own-00000", do="", until=99),  # the first save is not written before the kill
+            TRAINING,
+            Fault("os.rename", 2, path="/.step-", do="", until=99),  # the second one not committed
+            Fault("train", 11, rank=1, whom="group"),
+            Fault("open", 1, rank=1, path="replicated-00001", do="", until=99),
+            Fault("train", 3, rank=1, do="SIGKILL", whom="self"),
+        ],
+    ),
+    "evaluation by steps, an end in mid-epoch, saves that training waits for": (
+        2,
+        {
+            "checkpoint__asynchronous": False,
+            "train__eval_every": {"steps": 4},
+            "train__epochs": None,
+            "train__max_steps": 15,
+        },
         [EVALUATING, Fault("eval", 4, rank=1, whom="group"), Fault("train", 7, whom="group")],
     ),
     "a stream": (
@@ -67,7 +84,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], list[Fault]]] = {
 
 # Left to the slower suites, so that the README's test command stays quick.
 SLOW = {
-    "evaluation by steps, an end in mid-epoch",
+    "evaluation by steps, an end in mid-epoch, saves that training waits for",
     "a stream",
     "batch statistics of each rank's own, half precision",
     "clipped, decayed, three ranks",

@@ -18,6 +18,10 @@ PLACES: dict[str, tuple[dict[str, Any], list[Fault]]] = {
     "in training": (NO_SAVES, [Fault("train", 5, do="SIGTERM"), Fault("train", 2, rank=1, do="SIGINT")]),
     # every_steps is 4 and a step is one pass of each rank: the stop and the save fall together.
     "when a save is due": ({}, [Fault("train", 4, do="SIGTERM"), Fault("train", 4, rank=1, do="SIGTERM")]),
+    "while a save is written": (
+        {},
+        [Fault("open", 1, path="own-00000", do="SIGTERM"), Fault("os.rename", 3, path="/.step-", do="SIGTERM")],
+    ),
     "in the evaluation of an epoch's end": (NO_SAVES, [Fault("eval", 1, do="SIGTERM"), Fault("eval", 2, do="SIGTERM")]),
     "in the evaluation after some steps": (BY_STEPS, [Fault("eval", 1, do="SIGTERM"), Fault("eval", 5, do="SIGTERM")]),
     "in evaluation, then killed in the restore": (
@@ -66,6 +70,18 @@ def test_a_stopped_run_ends_with_the_same_bits(place: str, tmp_path: Path) -> No
     # A stop is agreed within a step or so of the signal, and its state is there.
     assert [event["reason"] for event in events(tmp_path / "stopped", "stopped")] == stops
     assert_same_end(tmp_path / "stopped", tmp_path / "reference")
+
+
+def test_a_stop_waits_for_the_save_under_way_and_then_saves_where_it_stands(tmp_path: Path) -> None:
+    env = plan(
+        tmp_path / "faults",
+        Fault("open", 1, rank=1, path="own-00001", do="SIGTERM", until=6),  # the save of step 4
+    )
+    assert start(tree(tmp_path / "run"), 2, env) == "SIGTERM"
+    (stopped,) = events(tmp_path / "run", "stopped")
+    assert stopped["step"] >= 5
+    assert [event["step"] for event in events(tmp_path / "run", "saved")] == [4, stopped["step"]]
+    assert last_checkpoint(tmp_path / "run").name == f"step-{stopped['step']:08d}"
 
 
 def test_a_stop_before_the_first_step_saves_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from ddpkit.allocation import End
+from ddpkit.heartbeat import Heartbeat
 from ddpkit.slurm import JobState, SlurmFailed
 from ddpkit.world import Allocation, allocation
 
@@ -44,6 +45,19 @@ def test_the_stop_leaves_time_for_two_saves_and_a_step() -> None:
     controller = Controller(1000)
     assert controller.first_stop(controller.end(told=1000), save_s=30, step_s=5.5) == 925
     assert controller.looks == [925]  # nobody was asked before
+
+
+def test_a_save_that_is_under_way_may_take_as_long_as_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    heartbeat = Heartbeat()
+    heartbeat.saved(30.0)
+    assert heartbeat.save_left_s == 0
+    heartbeat.saving_since = now
+    now += 10
+    assert heartbeat.save_left_s == 20
+    now += 100
+    assert heartbeat.save_left_s == 0
 
 
 def test_without_the_variable_slurm_is_asked_once_and_again_at_the_end() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -23,6 +24,7 @@ from safetensors import safe_open
 
 from ddpkit.checkpoint import contents, listing, manifest
 from ddpkit.checkpoint.manifest import FileProof, Manifest
+from ddpkit.checkpoint.staging import Staging
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, SaveResult, Snapshot, load_model_tensors
 from ddpkit.checkpoint.writer import read_tensors, write_json, write_tensors
 from ddpkit.errors import BrokenCheckpoint, SaveFailed, StateError, Superseded, UserError
@@ -95,7 +97,9 @@ class Run:
 
     def save(self, step: int, make: Callable[[int, int], Snapshot] | None = None) -> list[Any]:
         make = make or snapshot
-        return self.on_all(lambda rank, store: store.save(step, make(step, rank)))
+        return self.on_all(
+            lambda rank, store: store.save(step, lambda: contents.take(make(step, rank), rank, self.world_size))
+        )
 
     def load(self, step: int | None = None, read_only: bool = False) -> list[Any]:
         return self.on_all(lambda rank, store: store.load_newest(step, read_only=read_only))
@@ -170,6 +174,85 @@ def test_writing_never_replaces_a_file(tmp_path: Path) -> None:
 def test_a_dtype_that_safetensors_lacks_is_refused_by_the_writer(tmp_path: Path) -> None:
     with pytest.raises(StateError, match=r"x: safetensors cannot hold torch\.complex128"):
         write_tensors(tmp_path / "x", {"x": torch.ones(1, dtype=torch.complex128)})
+
+
+def test_tensors_are_read_into_those_that_they_fit(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    stored = {name: torch.randn(4, 6) for name in ("same", "shape", "dtype", "strided", "absent")}
+    stored["parameter"], stored["scalar"] = torch.randn(3), torch.tensor(7.0)
+    write_tensors(path, stored)
+    into = {
+        "same": torch.zeros(4, 6),
+        "shape": torch.zeros(6, 4),
+        "dtype": torch.zeros(4, 6, dtype=torch.float64),
+        "strided": torch.zeros(6, 4).T,
+        "parameter": torch.nn.Parameter(torch.zeros(3)),
+        "scalar": torch.tensor(0.0),
+        "more": torch.zeros(2),
+    }
+    found = read_tensors(path, into=into)
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    assert {name for name, tensor in found.items() if tensor is into.get(name)} == {"same", "parameter", "scalar"}
+    assert not any(into[name].any() for name in ("shape", "dtype", "strided", "more"))
+
+
+HEADERS = {
+    "a size beyond the file": b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+    "a size that is not the shape's": b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,4]}}',
+    "a shape beyond all memory": b'{"a":{"dtype":"U8","shape":[99999999999999999999],"data_offsets":[0,4]}}',
+    "sizes below nothing": b'{"a":{"dtype":"U8","shape":[-2,-2],"data_offsets":[0,4]}}',
+    "a beginning before the data": b'{"a":{"dtype":"U8","shape":[5],"data_offsets":[-1,4]}}',
+    "an end before the beginning": b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[4,3]}}',
+    "an unknown dtype": b'{"a":{"dtype":"Q9","shape":[4],"data_offsets":[0,4]}}',
+    "something else": b'{"a":[1]}',
+    "no object": b"[1, 2]",
+    "nesting without end": b"[" * 100_000,
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_file_that_is_not_what_its_header_says_is_broken(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(HEADERS[header]).to_bytes(8, "little") + HEADERS[header] + b"abcd")
+    with pytest.raises(BrokenCheckpoint, match="expected a safetensors file"):
+        read_tensors(path)
+    path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(BrokenCheckpoint, match="a header of"):
+        read_tensors(path)
+
+
+def test_a_copy_is_of_its_moment_and_is_written_as_the_original_is(tmp_path: Path) -> None:
+    def state(value: float) -> Snapshot:
+        tensors = {
+            "strided": torch.full((30, 50), value).T,
+            "half": torch.full((3,), value, dtype=torch.bfloat16),
+            "complex": torch.full((2,), complex(value, 1)),
+            "flag": torch.tensor(True),
+            "empty": torch.empty(0, 2),
+            "array": np.full(5, value),
+        }
+        return Snapshot({}, tensors, {"tied": [tensors["half"], tensors["half"]]}, {"rng": torch.full((7,), value)})
+
+    staging = Staging(torch.device("cpu"))
+    taken = None
+    for number, value in enumerate((1.0, 2.0)):
+        snapshot, folders = state(value), [tmp_path / f"{number}-{kind}" for kind in ("copy", "original")]
+        for folder in folders:
+            folder.mkdir()
+        part = contents.take(snapshot, 0, 1)
+        copied = staging.copy(part)()
+        originals = contents.write(part, folders[1])
+        for tensors in part.files.values():
+            for tensor in tensors.values():
+                tensor.zero_()
+        assert contents.write(copied, folders[0]) == originals
+        # One buffer, as large as one part, and the same for the next one.
+        places = {tensor.untyped_storage().data_ptr() for file in copied.files.values() for tensor in file.values()}
+        assert len(places) == 1 and taken in (None, places)
+        taken = places
+    assert 6000 < staging.bytes < 8000
 
 
 # The manifest
@@ -305,6 +388,20 @@ def test_the_replicated_state_is_spread_over_the_ranks(tmp_path: Path) -> None:
     assert len(sizes) == 3 and max(sizes) - min(sizes) < 1000
 
 
+def test_a_model_is_loaded_into_its_own_memory_whatever_is_tied_or_renamed(tmp_path: Path) -> None:
+    stored = {"a.b": torch.full((2,), 1.0), "a": torch.full((3,), 2.0)}
+    stored["tied"] = stored["a"]
+    run = Run(tmp_path)
+    run.save(1, lambda step, rank: Snapshot({}, {"model": stored, "list": [torch.ones(2)]}, None, None))
+    own = {"a.b": torch.zeros(2), "a": torch.zeros(3), "tied": torch.zeros(3), "new": torch.zeros(1)}
+    loaded = run.stores[0].load_newest(into={"model": own, "list": {"0": torch.zeros(2)}, "more": own})
+    assert loaded is not None
+    found = loaded.replicated["model"]
+    assert found["a.b"] is own["a.b"] and found["a"] is own["a"] and found["tied"] is own["a"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    assert not own["tied"].any() and not own["new"].any()  # they are copied from the other, or told to be missing
+
+
 def test_nothing_to_load_is_none_on_every_rank(tmp_path: Path) -> None:
     run = Run(tmp_path / "new", 2)
     assert run.load() == [None, None]
@@ -347,7 +444,7 @@ def test_the_parts_of_a_save_need_no_other_rank(tmp_path: Path) -> None:
     proofs = [contents.write(part, temporary) for part in parts]
     whole = Manifest(1, 3, 2, {"step": 3, "samples": 192}, parts[0].shared, (None, None), (*proofs[0], *proofs[1]))
     contents.commit(whole, temporary, tmp_path / "step-00000003", lambda: None)
-    found = contents.read(tmp_path / "step-00000003", manifest.verify(tmp_path / "step-00000003"), 0)
+    found = contents.read(tmp_path / "step-00000003", manifest.verify(tmp_path / "step-00000003"), 0, {})
     assert torch.equal(found.replicated["model"]["layer8.weight"], torch.full((9, 7), 11.0))
 
 
@@ -744,6 +841,7 @@ KILLER = textwrap.dedent(
     import os, random, signal, sys, time
     from pathlib import Path
     import torch
+    from ddpkit.checkpoint import contents
     from ddpkit.checkpoint.store import CheckpointStore, Snapshot
 
     class Alone:
@@ -754,9 +852,9 @@ KILLER = textwrap.dedent(
     def store(directory):
         return CheckpointStore(directory, 2, Alone(), lambda *a, **k: None, bad.append, lambda: None)
 
-    def snapshot(step):
+    def take(step):
         state = {f"w{i}": torch.full((500,), float(step)) for i in range(4)}
-        return Snapshot({"step": step}, state, {"step": step}, {"rng": torch.tensor(step)})
+        return contents.take(Snapshot({"step": step}, state, {"step": step}, {"rng": torch.tensor(step)}), 0, 1)
 
     def check(found):
         assert not bad, bad
@@ -798,7 +896,7 @@ KILLER = textwrap.dedent(
         one = store(directory)
         one.clean()
         step = check(one.load_newest())
-        one.save(step + 1, snapshot(step + 1))
+        one.save(step + 1, lambda: take(step + 1))
 
     def saves_for_ever(directory):
         one = store(directory)
@@ -806,7 +904,7 @@ KILLER = textwrap.dedent(
         step = check(one.load_newest())
         while True:
             step += 1
-            one.save(step, snapshot(step))
+            one.save(step, lambda: take(step))
 
     def newest(directory):
         return check(store(directory).load_newest(read_only=True))
@@ -814,7 +912,7 @@ KILLER = textwrap.dedent(
     bad = []
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
-    assert ended(forked(lambda: [store(root / "every").save(step, snapshot(step)) for step in (1, 2)])) == 0
+    assert ended(forked(lambda: [store(root / "every").save(step, lambda: take(step)) for step in (1, 2)])) == 0
     event, before = 0, 2
     while True:  # at every file operation of clean, load, save and prune, one after the other
         event += 1

@@ -39,6 +39,9 @@ SECOND_START = Allocation(job_id="7", restart_count=1, array_index=None)
         (replace(RUNNING, state="PENDING", restarts=2), "SIGUSR2", "already"),
         (RUNNING, "SIGTERM", "asked"),  # scancel -s TERM
         (RUNNING, "SIGINT", "asked"),
+        (RUNNING, requeue.LOST_NODE, "node lost"),
+        (RUNNING, requeue.LOST_STEP, "step lost"),
+        (IN_GRACE, requeue.LOST_STEP, "preempted"),
     ],
 )
 def test_why_a_job_stops(state: JobState, signal_name: str | None, expected: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddpkit import selection
-from ddpkit.checkpoint import listing
+from ddpkit.checkpoint import contents, listing
 from ddpkit.checkpoint.store import CheckpointStore, Snapshot
 from ddpkit.errors import UserError
 from ddpkit.selection import Best, EarlyStopping
@@ -32,7 +32,7 @@ def saver(run_dir: Path, best: Best, keep: int = 2) -> tuple[CheckpointStore, Ca
     def save(step: int, evaluated: int | None = None, **values: float) -> None:
         rule = {"metric": best.metric, "mode": best.mode}
         progress = {"step": step, "evaluated": step if evaluated is None else evaluated, "values": values, "best": rule}
-        store.save(step, Snapshot(progress, {"w": torch.full((3,), float(step))}, {}, own={}))
+        store.save(step, lambda: contents.take(Snapshot(progress, {"w": torch.ones(3)}, {}, own={}), 0, 1))
 
     return store, save
 
@@ -83,7 +83,8 @@ def test_a_broken_best_gives_way_to_the_next_best(tmp_path: Path) -> None:
 def test_a_run_without_a_rule_has_no_best(tmp_path: Path) -> None:
     directory = listing.checkpoints_directory(tmp_path)
     store = CheckpointStore(directory, 1, Alone(), lambda *_, **__: None, print, lambda: None)
-    store.save(1, Snapshot({"step": 1, "evaluated": 1, "values": {"loss": 1.0}}, {}, {}, own={}))
+    snapshot = Snapshot({"step": 1, "evaluated": 1, "values": {"loss": 1.0}}, {}, {}, own={})
+    store.save(1, lambda: contents.take(snapshot, 0, 1))
     assert listing.intact_best(tmp_path) is None
 
 

@@ -22,7 +22,7 @@ from ddpkit import slurm, world
 from ddpkit.checkpoint.claim import Place, Process
 from ddpkit.errors import ConfigError, UserError
 from ddpkit.slurm import JobState
-from launch import calls, cli, following, sbatch, snapshot, submission, submitting, sweep
+from launch import calls, cli, following, leave, sbatch, snapshot, submission, submitting, sweep
 from launch.carrying import carried
 from launch.following import Watch
 from launch.job import Failure, Job
@@ -70,7 +70,8 @@ module load x
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output '/runs/a b/s/%j_%t_log.out' --error '/runs/a b/s/%j_%t_log.err' --kill-on-bad-exit=1 """
-        f"--open-mode=append --cpus-per-task=12 {sys.executable} {CHILD} task '/runs/a b/s'\n"
+        f"--open-mode=append --cpus-per-task=12 {sys.executable} {CHILD} task '/runs/a b/s' "
+        f"|| exec {sys.executable} {CHILD} leave '/runs/a b/s' $?\n"
     )
 
 
@@ -100,7 +101,7 @@ def test_the_golden_script_of_an_array_with_a_task_for_each_rank() -> None:
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output /s/%A_%a_%t_log.out --kill-on-bad-exit=1 --open-mode=append --cpu-bind=none --mpi=none """
-        f"{sys.executable} {CHILD} task /s\n"
+        f"{sys.executable} {CHILD} task /s || exec {sys.executable} {CHILD} leave /s $?\n"
     )
 
 
@@ -396,6 +397,36 @@ def test_refusals_come_before_the_submission(play: Play, capsys: Capture) -> Non
     assert run() == 2
     assert "data.global_batch_size: 32 -> 16" in capsys.readouterr().err
     assert not (play.folder / "script").exists() and os.listdir("run") == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "has_outcome", "reason"),
+    [
+        (1, "RUNNING PreemptTime=2026-01-01T00:00:00", False, "preempted"),  # in the setup lines: no step is made
+        (143, "RUNNING PreemptTime=2026-01-01T00:00:00", False, "preempted"),  # before a launcher could hold it back
+        (137, "RUNNING", False, "step lost"),  # srun, or the first launcher
+        (143, "RUNNING", False, None),  # a person's signal
+        (137, "COMPLETING", False, None),  # scancel
+        (1, "RUNNING", False, None),  # it cannot begin at all
+        (1, "RUNNING PreemptTime=2026-01-01T00:00:00", True, None),  # a failure, told of
+    ],
+)
+def test_a_job_whose_step_ends_without_a_word(
+    play: Play, monkeypatch: pytest.MonkeyPatch, status: int, fields: str, has_outcome: bool, reason: str | None
+) -> None:
+    assert run() == 0
+    folder = Path("run/slurm/submission-0").absolute()
+    if has_outcome:
+        (folder / "outcome.json").write_text("{}")
+    play.says(*play.states(fields))
+    asked = play.folder / "requeued"
+    play.program("scontrol", f"[ $1 = requeue ] && echo $2 > {asked} || cat {play.folder}/answer-0")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert leave.main(str(folder), str(status)) == status
+    assert asked.exists() == (reason is not None)
+    if reason is not None:
+        (line,) = Path("run/events.jsonl").read_text().splitlines()
+        assert (json.loads(line)["event"], json.loads(line)["reason"]) == ("requeued", reason)
 
 
 def test_a_script_gets_a_directory(play: Play, capsys: Capture) -> None:
