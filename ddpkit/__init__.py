@@ -10,48 +10,70 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddpkit.batch_size import largest_that_fits
+    from ddpkit.callbacks import Callback
+    from ddpkit.capturing import capture
     from ddpkit.checkpoint.foreign import Weights, load_weights
     from ddpkit.ema import averaged
     from ddpkit.errors import DdpkitError, NotFinite, StopRequested, UserError
+    from ddpkit.initializing import initialize
     from ddpkit.loop import Evaluation, Saving, fit
     from ddpkit.optimizing import Group, parameter_groups
     from ddpkit.parts import channels_last, freeze
     from ddpkit.precision import Precision, set_exactness
+    from ddpkit.profiling import Profile
+    from ddpkit.progress import ProgressBar
     from ddpkit.recompute import recompute_activations
+    from ddpkit.selection import Best, EarlyStopping
     from ddpkit.session import Runtime, runtime
+    from ddpkit.summary import ModelSummary, summarize
+    from ddpkit.trackers import Tracker, Trackers
     from ddpkit.world import World
 
 __all__ = [
+    "Best",
+    "Callback",
     "DdpkitError",
+    "EarlyStopping",
     "Evaluation",
     "Group",
+    "ModelSummary",
     "NotFinite",
     "Precision",
+    "Profile",
+    "ProgressBar",
     "Runtime",
     "Saving",
     "StopRequested",
+    "Tracker",
+    "Trackers",
     "UserError",
     "Weights",
     "World",
     "averaged",
+    "capture",
     "channels_last",
     "fit",
     "freeze",
+    "initialize",
     "largest_that_fits",
     "load_weights",
     "parameter_groups",
     "recompute_activations",
     "runtime",
     "set_exactness",
+    "summarize",
 ]
 
 _HOMES = {
+    "largest_that_fits": "batch_size",
+    "Callback": "callbacks",
+    "capture": "capturing",
+    "averaged": "ema",
     "DdpkitError": "errors",
     "NotFinite": "errors",
     "StopRequested": "errors",
     "UserError": "errors",
-    "largest_that_fits": "batch_size",
-    "averaged": "ema",
+    "initialize": "initializing",
     "Evaluation": "loop",
     "Saving": "loop",
     "Weights": "checkpoint.foreign",
@@ -63,9 +85,17 @@ _HOMES = {
     "freeze": "parts",
     "Precision": "precision",
     "set_exactness": "precision",
+    "Profile": "profiling",
+    "ProgressBar": "progress",
     "recompute_activations": "recompute",
+    "Best": "selection",
+    "EarlyStopping": "selection",
     "Runtime": "session",
     "runtime": "session",
+    "ModelSummary": "summary",
+    "summarize": "summary",
+    "Tracker": "trackers",
+    "Trackers": "trackers",
     "World": "world",
 }
 

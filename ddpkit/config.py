@@ -6,14 +6,24 @@ import ast
 import enum
 import inspect
 import itertools
-import operator
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from ddpkit import references, yaml_files
 from ddpkit.errors import ConfigError
@@ -55,6 +65,12 @@ def _substitutable(rename: dict[str, str]) -> dict[str, str]:
     if problems:
         raise NestedProblems(problems)
     return rename
+
+
+def _in_order(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps[0] > steps[1]:
+        raise ValueError(f"the first one, {steps[0]}, comes after the last one, {steps[1]}")
+    return steps
 
 
 def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -186,6 +202,30 @@ def node_range(nnodes: int | str) -> tuple[int, int]:
     return int(fewest), int(most)
 
 
+class Init(Factory):
+    """First values for the model, or a part: `factory(module, **args)`, with `params` `factory(parameter, **args)`."""
+
+    modules: tuple[str, ...] = _list()
+    """Class names, or patterns of module names, for which it is called; empty: for all modules."""
+    params: tuple[str, ...] = _list()
+    """Patterns of parameter names (`*.weight`), for which it is called instead, as functions of `torch.nn.init` are."""
+
+    @model_validator(mode="after")
+    def _for_one_kind(self) -> Init:
+        if self.modules and self.params:
+            raise ValueError("modules and params are both given; leave one out")
+        return self
+
+
+class ModelSummary(Section):
+    """What is told of the model when the run starts, in `model.txt`."""
+
+    depth: int = Field(default=2, ge=0, lt=2**31)
+    """Down to where its parts are listed."""
+    graph: bool = False
+    """Whether the graph of its first pass is written, to `model.dot`."""
+
+
 class InitFrom(Section):
     """Weights to start from, out of a checkpoint that is not ddpkit's. A run that goes on has its own."""
 
@@ -262,6 +302,10 @@ class Model(Factory):
     """Class names, or patterns of module names, whose activations are computed again instead of kept."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Decay per step of a moving average of the weights; null: none is kept."""
+    init: tuple[Init, ...] = _list()
+    """What gives the model other first values than `factory` does, one after the other."""
+    summary: ModelSummary | None = None
+    """What is told of the model when the run starts; null: nothing."""
     init_from: InitFrom | None = None
     """Weights to start from; null: those that the factory gives."""
 
@@ -356,6 +400,34 @@ class Steps(Section):
     """Number of optimizer steps."""
 
 
+class EarlyStopping(Section):
+    """When evaluations that are not better end the run."""
+
+    metric: str
+    """Name of a value that `train.eval_step` gives."""
+    patience: Count
+    """How many evaluations in a row have to be no better than the best one before them."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of it is better."""
+    min_delta: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """By how much it has to be better."""
+
+
+class Profile(Section):
+    """A trace of some steps, by torch.profiler, in `profile/`."""
+
+    steps: Annotated[tuple[Count, Count], AfterValidator(_in_order)] = Field(strict=False)
+    """The first and the last one."""
+    ranks: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), strict=False)
+    """The ranks that are traced."""
+    shapes: bool = False
+    """Whether the shapes of operators' inputs are recorded."""
+    memory: bool = False
+    """Whether it is recorded what memory is allocated and freed."""
+    stacks: bool = False
+    """Whether it is recorded where in the code each operator was called from."""
+
+
 class Train(Section):
     """The loop."""
 
@@ -392,8 +464,12 @@ class Train(Section):
     """Steps in a row that may be skipped, also those by which fp16 finds its loss scale, before the run fails."""
     deterministic: bool = False
     """Bit-exactness on a GPU, at its price; on CPU it holds anyway."""
-    callbacks: tuple[Ref, ...] = _list()
-    """Functions of yours that the loop calls."""
+    early_stopping: EarlyStopping | None = None
+    """When evaluations that are not better end the run; null: they do not."""
+    callbacks: tuple[Ref | Factory, ...] = _list()
+    """What is called at the moments of a run: classes or functions that give a `ddpkit.Callback`, or one itself."""
+    profile: Profile | None = None
+    """Steps that are traced; null: none."""
 
 
 class Cudnn(Section):
@@ -431,6 +507,40 @@ class Checkpoint(Section):
     """Whether training goes on while a save is written, from a copy in host memory; false: it waits, without a copy."""
 
 
+TrackerName: TypeAlias = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
+
+
+class Tracker(Section):
+    """A service that metrics are sent to, with options."""
+
+    name: TrackerName
+    """Of a tracker of accelerate's."""
+    args: dict[str, JsonValue] = {}
+    """Arguments of its class there, over those that ddpkit gives."""
+
+
+def _form_of_tracker(given: Any) -> str:
+    """Which of the three forms is meant, so that a message speaks of that one alone."""
+    if not isinstance(given, (dict, Section)):
+        return "name"
+    return "factory" if isinstance(given, Factory) or (isinstance(given, dict) and "factory" in given) else "options"
+
+
+AnyTracker: TypeAlias = Annotated[
+    Annotated[TrackerName, Tag("name")] | Annotated[Tracker, Tag("options")] | Annotated[Factory, Tag("factory")],
+    Discriminator(_form_of_tracker),
+]
+
+
+def _each_once(trackers: tuple[str | Tracker | Factory, ...]) -> tuple[str | Tracker | Factory, ...]:
+    names = [each.name if isinstance(each, Tracker) else each for each in trackers if not isinstance(each, Factory)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return trackers
+
+
 class Config(Section):
     """A run."""
 
@@ -454,10 +564,12 @@ class Config(Section):
     """Settings of cuDNN."""
     checkpoint: Checkpoint = Checkpoint()
     """When a checkpoint is written, and how many are kept."""
-    trackers: tuple[str | Factory, ...] = _list()
-    """Services that metrics are sent to, by name or as a factory."""
+    trackers: Annotated[tuple[AnyTracker, ...], AfterValidator(_each_once)] = _list()
+    """Services that metrics are sent to: by name, by name with options, or a factory of one of yours."""
     log_every: Count = 10
     """Optimizer steps between lines of metrics."""
+    progress_bar: Literal["auto"] | bool = "auto"
+    """Whether progress is shown as a bar; auto: where the launcher writes to a terminal."""
 
 
 # ---------------------------------------------------------------------- in and out
@@ -471,7 +583,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), env: Mappi
     ``${env:NAME}`` in a value is what the variable holds in ``env``, by default this process's environment.
 
     Raises ``ConfigError`` with all problems, one a line, each with its file and line (or override) and key
-    path; also for what the tree allows and this version does not do (``unsupported``).
+    path.
     """
     env = environment() if env is None else env
     given = [_parsed(override, env) for override in overrides]
@@ -480,11 +592,7 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), env: Mappi
     for key, value in given:
         if not (key in choices.used and isinstance(value.value, str)):
             tree = yaml_files.replace_at(tree, key.split("."), value)
-    config = _checked(tree.plain(), tree, Config)
-    refused = [f"{tree.place_of(key)}: {line}" for key, line in _not_built(config)]
-    if refused:
-        raise ConfigError("\n".join(refused))
-    return config
+    return _checked(tree.plain(), tree, Config)
 
 
 class _LaunchAlone(Section):
@@ -499,11 +607,7 @@ def load_launch(overrides: Sequence[str]) -> Launch:
     tree = yaml_files.parse("launch: {}", "the defaults", numbered=False)
     for key, value in (_parsed(override, environment()) for override in overrides):
         tree = yaml_files.replace_at(tree, key.split("."), value)
-    alone = _checked(tree.plain(), tree, _LaunchAlone)
-    refused = [f"{tree.place_of(key)}: {line}" for key, line in _not_built(alone) if key[0] == "launch"]
-    if refused:
-        raise ConfigError("\n".join(refused))
-    return alone.launch
+    return _checked(tree.plain(), tree, _LaunchAlone).launch
 
 
 def launch_section(tree: JsonValue) -> Launch:
@@ -577,44 +681,6 @@ def _parsed(override: str, env: Mapping[str, str]) -> tuple[str, Located]:
     return key, yaml_files.parse(text, place, numbered=False, env=env)
 
 
-# ---------------------------------------------------------------------- what this version does not do yet
-
-
-@dataclass(frozen=True)
-class _NotBuilt:
-    """A key of which only some values work so far."""
-
-    key: str
-    built: tuple[object, ...]
-    advice: str
-
-    @property
-    def path(self) -> KeyPath:
-        return tuple(self.key.split("."))
-
-
-_NOT_BUILT = (
-    _NotBuilt("train.callbacks", ((),), "leave it out"),
-    _NotBuilt("checkpoint.best", (None,), "leave it out"),
-    _NotBuilt("trackers", ((),), "leave it out; metrics.jsonl has every value"),
-)
-
-
-def unsupported(config: Config) -> list[str]:
-    """Say what the config asks for that this version does not do yet, a line each; empty: it can be run."""
-    return [line for _, line in _not_built(config)]
-
-
-def _not_built(config: Config | _LaunchAlone) -> Iterator[tuple[KeyPath, str]]:
-    for entry in _NOT_BUILT:
-        if entry.path[0] not in type(config).model_fields:
-            continue
-        value = operator.attrgetter(entry.key)(config)
-        if value not in entry.built:
-            given = "this" if isinstance(value, (tuple, BaseModel)) else repr(value)
-            yield entry.path, f"{entry.key}: {given} is not built yet; {entry.advice}"
-
-
 # ---------------------------------------------------------------------- what changed
 
 
@@ -652,6 +718,10 @@ _FREE_TO_CHANGE = (
     "checkpoint",
     "trackers",
     "log_every",
+    "progress_bar",
+    "model.summary",
+    "train.early_stopping.patience",
+    "train.profile",
     "train.epochs",
     "train.max_steps",
     "train.on_nonfinite",
@@ -751,6 +821,8 @@ _NEEDED = (
     ("data.eval", "train.eval_step", "given without train.eval_step; give both or neither"),
     ("train.eval_step", "data.eval", "given without data.eval; give both or neither"),
     ("train.eval_ema", "model.ema_decay", "given without model.ema_decay, so there is no average to evaluate"),
+    ("train.early_stopping", "train.eval_step", "given without data.eval and train.eval_step, which it goes by"),
+    ("checkpoint.best", "train.eval_step", "given without data.eval and train.eval_step, which it goes by"),
     ("scheduler.metric", "train.eval_step", "given without data.eval and train.eval_step, which it comes from"),
 )
 

@@ -99,8 +99,9 @@ def _branches(schema: Schema, node: Schema) -> list[Schema]:
     """The alternatives at a node of the schema, references followed."""
     if "$ref" in node:
         return _branches(schema, schema["$defs"][node["$ref"].rpartition("/")[2]])
-    if "anyOf" in node:
-        return [branch for option in node["anyOf"] for branch in _branches(schema, option)]
+    for union in ("anyOf", "oneOf"):
+        if union in node:
+            return [branch for option in node[union] for branch in _branches(schema, option)]
     return [node]
 
 
@@ -113,7 +114,12 @@ def _schema_at(schema: Schema, path: KeyPath) -> list[Schema]:
 
 
 def _below(node: Schema, key: str | int) -> Schema | None:
-    found: Schema | None = node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
+    found: Schema | None
+    if isinstance(key, str):
+        found = node.get("properties", {}).get(key)
+    else:  # a list of so many, or of any number
+        each: list[Schema] = node.get("prefixItems", [])
+        found = each[key] if key < len(each) else node.get("items")
     return found
 
 

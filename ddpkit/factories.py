@@ -15,13 +15,13 @@ from typing import TypeVar
 
 from pydantic import JsonValue
 
-from ddpkit import references
+from ddpkit import references, services
 from ddpkit.config import Config, Factory, is_factory, is_reference
 from ddpkit.errors import ConfigError
 from ddpkit.references import Reference, parse
 from ddpkit.yaml_files import nearest
 
-__all__ = ["Reference", "all_references", "build", "check", "expect", "parse", "resolve"]
+__all__ = ["Reference", "all_references", "build", "check", "expect", "missing_trackers", "parse", "resolve"]
 
 T = TypeVar("T")
 
@@ -37,7 +37,14 @@ def check(config: Config, search_path: Sequence[str]) -> list[str]:
         problem = references.missing(parse(ref), search_path, read)
         if problem is not None:
             lines.append(f"{key}: {problem}")
-    return lines
+    return lines + missing_trackers(config)
+
+
+def missing_trackers(config: Config) -> list[str]:
+    """Give a line for each tracker that is asked for by name and not installed; imports none."""
+    names = [each if isinstance(each, str) else getattr(each, "name", None) for each in config.trackers]
+    problems = [(index, services.missing(name)) for index, name in enumerate(names) if name is not None]
+    return [f"trackers.{index}: {problem}" for index, problem in problems if problem is not None]
 
 
 def resolve(ref: str, key: str) -> object:
@@ -114,7 +121,9 @@ def all_references(config: Config) -> Iterator[tuple[str, str]]:
         "optimizer": config.optimizer,
         "scheduler": config.scheduler,
         **{f"train.metrics.{name}": metric for name, metric in train.metrics.items()},
+        **{f"model.init.{index}": init for index, init in enumerate(config.model.init)},
         **{f"trackers.{index}": tracker for index, tracker in enumerate(config.trackers)},
+        **{f"train.callbacks.{index}": callback for index, callback in enumerate(train.callbacks)},
     }
     for key, factory in factories.items():
         if isinstance(factory, Factory):
@@ -127,7 +136,7 @@ def all_references(config: Config) -> Iterator[tuple[str, str]]:
         "train.eval_step": train.eval_step,
         **{f"train.callbacks.{index}": ref for index, ref in enumerate(train.callbacks)},
     }
-    yield from ((key, ref) for key, ref in plain.items() if ref is not None)
+    yield from ((key, ref) for key, ref in plain.items() if isinstance(ref, str))
 
 
 def _references_in(args: Mapping[str, JsonValue] | list[JsonValue], key: str) -> Iterator[tuple[str, str]]:

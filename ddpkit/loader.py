@@ -114,6 +114,11 @@ class Loader:
         return min(share, self._micro_batch_size or share)
 
     @property
+    def steps_in_epoch(self) -> int | None:
+        """Optimizer steps in a whole epoch; None for an iterable dataset."""
+        return None if self._plan is None else -(-self._plan.stop // self._global_batch_size)
+
+    @property
     def takes_all(self) -> bool:
         """Whether an epoch is made of the dataset's samples as they are, not of a user's sampler's choice of them."""
         return self._plan is None or not isinstance(self._plan.order, SampledOrder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ddpkit.loader import Loader
 from ddpkit.precision import Precision
 from ddpkit.run import Attempt, Run
 from ddpkit.scheduling import Schedule
+from ddpkit.selection import Best, EarlyStopping
 from ddpkit.step import StepFunction, TrainStep
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Saving:
     keep: int = 3
     max_failures: int = 3
     asynchronous: bool = True
+    best: Best | None = None
 
 
 def fit(
@@ -71,6 +73,8 @@ def fit(
     max_steps: int | None = None,
     evaluation: Evaluation | None = None,
     saving: Saving = Saving(),
+    early_stopping: EarlyStopping | None = None,
+    callbacks: Sequence[Any] = (),
     precision: str = "fp32",
     clip_grad_norm: float | None = None,
     clip_grad_value: float | None = None,
@@ -98,6 +102,8 @@ def fit(
         max_steps: optimizer steps.
         evaluation: what to evaluate; None does not evaluate.
         saving: when to save.
+        early_stopping: when evaluations that are not better end the run.
+        callbacks: what is called at the moments of the run; see `ddpkit.callbacks.Callback`.
         precision: "fp32", "bf16" or "fp16"; or that of a module that was converted by `Precision.convert`.
         clip_grad_norm: the largest norm of the gradient.
         clip_grad_value: the largest absolute value in it.
@@ -142,10 +148,14 @@ def fit(
         every_minutes=saving.every_minutes,
         keep=saving.keep,
         max_failures=saving.max_failures,
+        best=saving.best,
         asynchronous=saving.asynchronous,
+        early_stopping=early_stopping,
+        callbacks=callbacks,
         log_every=log_every,
         attempt=attempt,
     ) as run:
+        run.is_to_last(max_steps=max_steps, epochs=epochs)
         if evaluation is not None:
             in_precision = Precision.named(precision).applied_to(evaluation.step, rt.device)
             evaluation = replace(evaluation, step=in_precision)
@@ -196,12 +206,14 @@ class _Loop:
     def _train_epoch(self) -> bool:
         """Train until the epoch or the run ends; True if it is the epoch."""
         run, loader, train_step = self.run, self.loader, self.train_step
+        run.begin_epoch()
         gave_batches = False
         for batch in loader:
             gave_batches = True
             part = loader.current
             assert part is not None  # the loader has just given out a pass
             train_step.accumulate(batch, part, keep_values=run.records_next_step)
+            run.passed()
             if not part.is_last:
                 continue
             self._finish_step()
@@ -211,6 +223,8 @@ class _Loop:
                 return False  # saved with the work of the run's end
             if self._is_due_after_step():
                 self._evaluate()
+                if self._has_ended():
+                    return False  # it has ended the run
             run.boundary()
         if not gave_batches:
             raise UserError(f"data.train: the dataset gave no batch in epoch {run.progress.epoch}")
@@ -237,6 +251,8 @@ class _Loop:
 
     def _has_ended(self, epochs_more: int = 0) -> bool:
         progress = self.run.progress
+        if self.run.ended_early is not None:
+            return True
         if self.max_steps is not None:
             return progress.step >= self.max_steps
         return self.epochs is None or progress.epoch + epochs_more >= self.epochs
@@ -266,7 +282,7 @@ class _Loop:
         except EvaluationStopped as stop:
             self.run.leave(stop.reason)
         else:
-            self.run.record("eval", values, eval_s=time.monotonic() - started)
+            self.run.evaluated(values, eval_s=time.monotonic() - started)
             self.schedule.after_evaluation(values)
 
     def _evaluated_model(self) -> nn.Module:

@@ -7,10 +7,11 @@ stop by the same few calls.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
@@ -19,7 +20,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ddpkit import requeue
+from ddpkit import requeue, selection
+from ddpkit.callbacks import Callbacks
 from ddpkit.checkpoint.claim import Claim, Claimant, acquire
 from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.shards import Sharded, fitted, fitted_optimizer, holds_spread, is_spread
@@ -27,19 +29,25 @@ from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
 from ddpkit.loader import Loader
 from ddpkit.means import RankMeans
+from ddpkit.measuring import Gauges, StepClock
 from ddpkit.model import unsynced, unwrap
 from ddpkit.nonfinite import Fault
 from ddpkit.permutation import derive
+from ddpkit.progress import Lines, ProgressBar
 from ddpkit.record import Recorder
 from ddpkit.sampler import Pass
 from ddpkit.saving import Saver
 from ddpkit.seeding import seed_generators
+from ddpkit.selection import Best, EarlyStopping
 from ddpkit.state import pack, rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from ddpkit.session import Runtime
 
 log = logging.getLogger("ddpkit")
+
+_CALLBACKS = "callbacks"  # under which name a checkpoint has their states
+_TIME = "time."  # marks what depends on time among values of which the means are formed
 
 
 @runtime_checkable
@@ -65,6 +73,14 @@ class Progress:
     """Epochs completed, with the work that belongs to their ends."""
     evaluated: int = -1
     """The step of the newest evaluation."""
+    values: dict[str, float] = field(default_factory=dict)
+    """What that gave, as far as it is finite."""
+    best: dict[str, str] | None = None
+    """Which of the values makes the best checkpoint, and how; see `selection.Best`."""
+    stopping: dict[str, Any] | None = None
+    """How long early stopping has waited; see `selection.EarlyStopping`."""
+    ended: str | None = None
+    """Why a callback has ended the run before its time."""
     skipped: int = 0
     """Steps in a row that were not taken since the newest one that was."""
 
@@ -97,6 +113,9 @@ class Run:
         every_minutes: float | None = None,
         keep: int = 3,
         max_failures: int = 3,
+        best: Best | None = None,
+        early_stopping: EarlyStopping | None = None,
+        callbacks: Sequence[Any] = (),
         asynchronous: bool = True,
         log_every: int = 10,
         attempt: Attempt = Attempt(),
@@ -112,6 +131,12 @@ class Run:
         self._every_minutes = every_minutes
         self._keep = keep
         self._max_failures = max_failures
+        self._best = best
+        self._early_stopping = early_stopping
+        has_bar = any(isinstance(each, ProgressBar) for each in callbacks)
+        self._callbacks = Callbacks([*callbacks, *([] if has_bar else [Lines()])])
+        self._noted: dict[str, Any] = {}
+        self._asks_to_end: str | None = None
         self._asynchronous = asynchronous
         self._log_every = log_every
         self._attempt = attempt
@@ -122,6 +147,9 @@ class Run:
         self._save_is_due = False
         self._in_epochs = False
         self._counted: Pass | None = None
+        self._length: tuple[int | None, int | None] = (None, None)
+        self._clock = StepClock(rt.device)
+        self._gauges = Gauges(rt.device, [item for item in objects.values() if isinstance(item, nn.Module)])
         self._step_began: float | None = None
         self._logged = (time.monotonic(), 0, 0)
         self._claim: Claim | None = None
@@ -142,6 +170,7 @@ class Run:
                 event=self._recorder.event,
                 warn=self._warn,
                 fence=self._fence,
+                best=self._best,
             )
             self._saver = self._stack.enter_context(
                 Saver(
@@ -160,11 +189,14 @@ class Run:
                 self._restore()
             ranks.on_main("config", self._store_config)
             self._stop_before_the_first_step()
+            self._callbacks.entered(self._stack)
+            self._callbacks.tell("on_start", self)
         except BaseException:
             self._stack.close()
             raise
         if self._loader is not None:
             self._loader.on_fetch = self._on_fetch
+        self._clock.begin(is_recorded=self.records_next_step)
         return self
 
     def __exit__(
@@ -176,6 +208,21 @@ class Run:
             self._loader.on_fetch = None
         self._stack.__exit__(kind, error, trace)
 
+    @property
+    def rt(self) -> Runtime:
+        """The runtime that the run is in."""
+        return self._rt
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything that the run writes is."""
+        return self._run_dir
+
+    @property
+    def objects(self) -> Mapping[str, Any]:
+        """What belongs to the run's state, by name: "model", "optimizer" and so on."""
+        return self._objects
+
     # -- a loop of one's own ---------------------------------------------------------------------------------------
 
     def epochs(self, count: int) -> Iterator[int]:
@@ -185,8 +232,10 @@ class Run:
         before the epoch's last step is saved, so that a restart neither repeats nor skips it. At the end the run is
         saved. Collective at every turn.
         """
-        while self.progress.epoch < count:
+        self.is_to_last(epochs=count)
+        while self.progress.epoch < count and self.ended_early is None:
             self._in_epochs = True
+            self.begin_epoch()
             yield self.progress.epoch
             self.end_epoch(is_last=self.progress.epoch + 1 >= count)
         self.finish()
@@ -213,6 +262,7 @@ class Run:
         part = self._loader.current if self._loader is not None else None
         weight = 1.0 if part is None else part.weight(self._rt.world_size)
         (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]  # torch's
+        self.passed()
 
     def step(self, **values: Any) -> None:
         """Count an optimizer step; record, save and stop when due. Call it after ``optimizer.step()``. Collective.
@@ -239,6 +289,54 @@ class Run:
         self.count(values)
         self.boundary()
 
+    def record(self, kind: str, values: Mapping[str, float], **clock: float) -> None:
+        """Write a line of metrics for the present step.
+
+        Args:
+            kind: "eval" for what an evaluation gave: the best checkpoint and early stopping go by it, and rank zero's
+                values count. Collective then. Otherwise "train".
+            values: by name.
+            clock: what depends on time, by name.
+        """
+        if kind != "eval":
+            self._write(kind, values, clock)
+            return
+        self.evaluated({name: _number(value) for name, value in values.items()}, **clock)
+        # In the middle of an epoch nothing else belongs to this step. At an epoch's end more may, and is saved with it.
+        loader = self._loader
+        is_between_steps = loader is not None and loader.current is self._counted
+        if self._save_is_due and is_between_steps and not (self._in_epochs and loader is not None and loader.at_end):
+            self._save()
+
+    def note(self, **values: Any) -> None:
+        """Add to the values of the step under way (in ``on_step_end``: just done); as in `step`, means are recorded."""
+        self._noted.update(values)
+
+    def ask_to_stop(self, reason: str) -> None:
+        """Ask all ranks to stop, as a signal does: they finish the same step, save and leave; the run can go on later.
+
+        Any rank may ask, at any time.
+        """
+        self._rt.stop.request(reason)
+
+    def end(self, reason: str) -> None:
+        """Ask for the end of the run, for good, at the next end of an evaluation or epoch. Any rank may ask."""
+        self._asks_to_end = self._asks_to_end or reason
+
+    @property
+    def ended_early(self) -> str | None:
+        """Why the run ends before its time: early stopping, or somebody's `end`. None if it does not."""
+        return selection.ended_early(vars(self.progress), self._early_stopping)
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many optimizer steps there are from the run's start to its end, if that is known."""
+        max_steps, epochs = self._length
+        if max_steps is not None or epochs is None or self._loader is None:
+            return max_steps
+        in_epoch = self._loader.steps_in_epoch
+        return None if in_epoch is None else epochs * in_epoch
+
     # -- what `fit` adds its own work between ----------------------------------------------------------------------
 
     @property
@@ -255,8 +353,10 @@ class Run:
         self.progress.skipped = 0
         self._note_samples()
         self._tell_step()
+        self._callbacks.tell("on_step_end", self)
         if self.progress.step % self._log_every == 0:
-            self._record_step(values, weight)
+            self._record_step({**values, **self._noted}, weight)
+        self._noted.clear()
         if self._every_steps is not None and self.progress.step % self._every_steps == 0:
             self._save_is_due = True
 
@@ -295,29 +395,61 @@ class Run:
         if may_stop and (reason := self._rt.stop.poll()) is not None:
             self.leave(reason)
         self._rt.heartbeat.phase = "loading"  # what comes next; `_on_fetch` ends it
-        self._step_began = time.monotonic()
+        self._clock.begin(is_recorded=self.records_next_step)
+        self._step_began = self._clock.now
+
+    def passed(self) -> None:
+        """A forward and backward pass of the step under way is done."""
+        self._clock.passed()
+
+    def is_to_last(self, *, max_steps: int | None = None, epochs: int | None = None) -> None:
+        """Say how long the run is, for those who ask for its `total_steps`."""
+        self._length = (max_steps, epochs)
+
+    def begin_epoch(self) -> None:
+        """An epoch begins, or goes on."""
+        self._callbacks.tell("on_epoch_start", self)
 
     def end_epoch(self, is_last: bool = False) -> None:
-        """Close the epoch: the loaders go to the next one; save when due, stop when agreed.
+        """Close the epoch: the loaders go to the next one; save when due, stop when agreed. Collective.
 
         After the last epoch of the run a stop comes too late to matter: all that is left is `finish`.
         """
+        self._callbacks.tell("on_epoch_end", self)
+        self._agree_on_end(self._rt.ranks.exchange("end of an epoch", self._asks_to_end))
         self._in_epochs = False
         for loader in self._objects.values():
             if isinstance(loader, Loader):
                 loader.end_epoch()
         self.progress.epoch += 1
-        self.boundary(may_stop=not is_last)
+        self.boundary(may_stop=not is_last and self.ended_early is None)
 
-    def record(self, kind: str, values: Mapping[str, float], **clock: float) -> None:
-        """Write a line of metrics for the present step; ``kind`` is "train" or "eval". ``clock``: seconds by name."""
-        if kind == "eval":
-            self.progress.evaluated = self.progress.step
-        place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
-        self._recorder.metrics(kind, place, values, **clock)
-        if self._rt.is_main and log.isEnabledFor(logging.INFO):
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in (*values.items(), *clock.items()))
-            log.info("%s  epoch %d  step %d  %s", kind, self.progress.epoch, self.progress.step, shown)
+    def evaluated(self, values: Mapping[str, float], **clock: float) -> None:
+        """The present step has been evaluated: record it, and see what follows from it. Collective.
+
+        Args:
+            values: by name; rank zero's count.
+            clock: what depends on time, by name.
+
+        Raises:
+            UserError: a value that selection goes by is missing.
+        """
+        self.progress.evaluated = self.progress.step
+        self._write("eval", values, clock)
+        self._callbacks.tell("on_evaluation_end", self, values)
+        if self._best is not None:
+            self._saver.wait()  # it is compared with what is there
+        told = self._rt.ranks.exchange("evaluation", [values, self._would_be_best(values), self._asks_to_end])
+        values, is_best, _ = told[0]
+        self.progress.values = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self._best is not None:
+            selection.value_of(self._best.metric, values, "checkpoint.best.metric")
+            self._save_is_due |= is_best
+        if (rule := self._early_stopping) is not None:
+            value = selection.value_of(rule.metric, values, "train.early_stopping.metric")
+            self.progress.stopping = rule.waited(self.progress.stopping, value)
+        self._agree_on_end([asks for _, _, asks in told])
+        self._clock.begin(is_recorded=self.records_next_step)
 
     def leave(self, reason: str) -> NoReturn:
         """Save and leave, as all ranks have agreed. Collective; does not return.
@@ -327,6 +459,7 @@ class Run:
             SaveFailed: it could not be.
         """
         self._save(must=True)
+        self._callbacks.tell("on_end", self, reason)
         self._depart(reason, self.progress.step)
 
     def _depart(self, reason: str, step: int) -> NoReturn:
@@ -347,9 +480,30 @@ class Run:
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
         self._save(must=True)
-        self._recorder.event("finished", step=self.progress.step)
+        early = self.ended_early
+        self._recorder.event("finished", step=self.progress.step, **({} if early is None else {"reason": early}))
+        if early is not None and self._rt.is_main:
+            log.info("ends early at step %d: %s", self.progress.step, early)
+        self._callbacks.tell("on_end", self, early)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _write(self, kind: str, values: Mapping[str, float], clock: Mapping[str, float]) -> None:
+        place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
+        self._recorder.metrics(kind, place, values, **clock)
+        self._callbacks.tell("on_record", self, kind, values, clock)
+
+    def _would_be_best(self, values: Mapping[str, float]) -> bool:
+        if self._best is None or not self._rt.is_main or self._best.metric not in values:
+            return False
+        try:
+            return self._store.would_be_best(values[self._best.metric])
+        except UserError:  # the directory cannot be read; the save will say why
+            return True
+
+    def _agree_on_end(self, asked: Sequence[str | None]) -> None:
+        self._asks_to_end = None
+        self.progress.ended = self.progress.ended or next((reason for reason in asked if reason), None)
 
     def _on_fetch(self, is_done: bool) -> None:
         """What the loader calls around a fetch: before an optimizer step has begun, a stop may take place here too.
@@ -359,6 +513,8 @@ class Run:
         """
         loader = self._loader
         assert loader is not None  # it calls
+        if is_done:
+            self._clock.fetched()
         if loader.current is not self._counted or (self._in_epochs and loader.at_end):
             return
         stop = self._rt.stop
@@ -390,29 +546,37 @@ class Run:
         heartbeat = self._rt.heartbeat
         heartbeat.step = self.progress.step
         heartbeat.phase = "training"
+        self._clock.updated()
         if self._step_began is not None:  # not the first one, which also compiles and allocates
-            heartbeat.stepped(time.monotonic() - self._step_began)
+            heartbeat.stepped(self._clock.now - self._step_began)
             self._step_began = None
 
-    def _record_step(self, values: Mapping[str, Any], weight: float | None) -> None:
+    def _record_step(self, values: dict[str, Any], weight: float | None) -> None:
         part = self._loader.current if self._loader is not None else None
         if weight is None:
             weight = 1.0 if part is None else float(part.size)
         late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
         own = {name: _number(value) for name, value in values.items()}
+        measured = self._clock.means() | self._gauges.read(self.progress.step)
+        own |= {f"{_TIME}{name}": value for name, value in measured.items()}
         means, save_now = self._means.of(own, weight, asks=late and self._rt.is_main)
         self._save_is_due |= save_now
+        clock = {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
         elapsed, steps = now - self._logged[0], step - self._logged[1]
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
-        self.record("train", means, step_s=elapsed / max(steps, 1), samples_per_s=rate)
+        self._write("train", means, {"step_s": elapsed / max(steps, 1), "samples_per_s": rate} | clock)
 
     def _save(self, must: bool = False) -> None:
         self._save_is_due = False
         self._tried_at = time.monotonic()
         with self._rt.heartbeat.during("saving"):
-            self._saver.save(asdict(self.progress), self._snapshot, must=must)
+            self._saver.save(asdict(self.progress), self._snapshot_to_save, must=must)
+
+    def _snapshot_to_save(self) -> Snapshot:
+        self._callbacks.tell("on_save", self)
+        return self._snapshot()
 
     def _snapshot(self) -> Snapshot:
         replicated: dict[str, Any] = {}
@@ -432,6 +596,8 @@ class Run:
             else:
                 state = item.state_dict()
                 (replicated if holds_spread(state) else main)[name] = state
+        if states := self._callbacks.state_dict():
+            main[_CALLBACKS] = states
         return Snapshot(asdict(self.progress), replicated, main, own={"rng": rng_state(self._rt.device)})
 
     def _check_state(self) -> None:
@@ -449,6 +615,7 @@ class Run:
         if loaded is not None:
             self._take_up(loaded)
         progress = self.progress
+        progress.best = None if self._best is None else asdict(self._best)
         self._recorder.open_metrics(progress.step, evaluated=progress.evaluated == progress.step)
         self._logged = (time.monotonic(), progress.step, progress.samples)
         self._recorder.event(
@@ -468,6 +635,9 @@ class Run:
             else:
                 saved = loaded.replicated[name] if name in loaded.replicated else loaded.main[name]
                 item.load_state_dict(fitted(saved, item.state_dict()))
+        afresh = self._callbacks.load_state_dict(loaded.main.get(_CALLBACKS, {}))
+        if afresh:
+            self._warn(f"the checkpoint of step {loaded.step} has no state of the callbacks {', '.join(afresh)}")
         self.progress = Progress(**loaded.progress)
         self._saver.restored(loaded.progress)
         self._rt.heartbeat.step = self.progress.step
@@ -478,7 +648,7 @@ class Run:
 
     def _check_same_objects(self, loaded: Loaded) -> None:
         saved = {*loaded.replicated, *loaded.main}
-        saved -= {f"{name}_keys" for name in saved}
+        saved -= {_CALLBACKS, *(f"{name}_keys" for name in saved)}
         if saved != set(self._objects):
             raise UserError(
                 f"{self._run_dir}: the checkpoint of step {loaded.step} holds {sorted(saved)}, but the run has "

@@ -6,7 +6,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from datetime import timedelta
@@ -37,13 +37,16 @@ from ddpkit.loader import Loader
 from ddpkit.nonfinite import Watch
 from ddpkit.permutation import derive
 from ddpkit.precision import Precision
+from ddpkit.progress import ProgressBar
 from ddpkit.record import Recorder
 from ddpkit.run import Run
 from ddpkit.seeding import seed_generators
+from ddpkit.selection import Best, EarlyStopping
 from ddpkit.sharding import Sharding, shard
 from ddpkit.stall import StallWatch
 from ddpkit.step import StepFunction, TrainStep
 from ddpkit.stop import Requests, StopVote
+from ddpkit.trackers import Trackers
 from ddpkit.world import Allocation, World
 
 log = logging.getLogger("ddpkit")
@@ -315,7 +318,13 @@ class Runtime:
         run_dir: str | Path,
         *,
         every_steps: int | None = 1000,
+        every_minutes: float | None = None,
         keep: int = 3,
+        best: Best | None = None,
+        early_stopping: EarlyStopping | None = None,
+        trackers: Sequence[Any] = (),
+        progress_bar: bool = False,
+        callbacks: Sequence[Any] = (),
         asynchronous: bool = True,
         log_every: int = 10,
         **objects: Any,
@@ -325,7 +334,14 @@ class Runtime:
         Args:
             run_dir: where the run keeps everything it writes; made if missing.
             every_steps: optimizer steps between saves; None saves at the end and on stops only.
+            every_minutes: minutes between saves; looked at whenever a line is recorded.
             keep: checkpoints kept.
+            best: keep the best checkpoint, by what ``run.record("eval", values)`` is given, too.
+            early_stopping: end ``run.epochs`` when evaluations are not better any more; ``run.ended_early`` tells.
+            trackers: services that metrics are sent to: names ("tensorboard"), `ddpkit.Tracker` with options, or
+                objects of your own.
+            progress_bar: show one on rank zero.
+            callbacks: what is called at the moments of the run; see `ddpkit.Callback`.
             asynchronous: have training go on while a save is written, from a copy in host memory; False has it wait.
             log_every: optimizer steps between lines in metrics.jsonl.
             objects: what belongs to the run's state, by name: modules (wrapped or not), optimizers, loaders,
@@ -335,17 +351,21 @@ class Runtime:
             UserError: another process is using the directory, or the checkpoint is of other objects.
             BrokenCheckpoint: there are checkpoints, and none is intact.
         """
-        return self._stack.enter_context(
-            Run(
-                self,
-                Path(run_dir),
-                objects,
-                every_steps=every_steps,
-                keep=keep,
-                asynchronous=asynchronous,
-                log_every=log_every,
-            )
+        given = [*callbacks, *([Trackers(trackers)] if trackers else []), *([ProgressBar()] if progress_bar else [])]
+        run = Run(
+            self,
+            Path(run_dir),
+            objects,
+            every_steps=every_steps,
+            every_minutes=every_minutes,
+            keep=keep,
+            best=best,
+            early_stopping=early_stopping,
+            callbacks=given,
+            asynchronous=asynchronous,
+            log_every=log_every,
         )
+        return self._stack.enter_context(run)
 
     def evaluate(
         self,

@@ -27,12 +27,15 @@ from ddpkit.config import Loader as LoaderConfig
 from ddpkit.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, StopRequested, UserError
 from ddpkit.evaluate import evaluate
 from ddpkit.fetching import LoaderOptions
+from ddpkit.initializing import initialize
 from ddpkit.loop import Evaluation, Saving, fit
+from ddpkit.observers import observers
 from ddpkit.optimizing import Group, parameter_groups, scale_for_batch, scale_learning_rates
 from ddpkit.parts import channels_last, freeze
 from ddpkit.precision import Precision, set_exactness
 from ddpkit.recompute import recompute_activations
 from ddpkit.run import Attempt, load_state
+from ddpkit.selection import Best, EarlyStopping
 from ddpkit.session import Runtime, choose_device
 from ddpkit.world import World
 
@@ -45,8 +48,8 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
     Args:
         kind: which of the two.
         tree: the resolved config.
-        options: "attempt" and "launcher_pid"; "config", as it was given, where the tree names files of a snapshot
-            instead; for an evaluation the "step", or None for the newest.
+        options: "attempt" and "launcher_pid"; "terminal", its columns, if there is one; "config", as it was given,
+            where the tree names files of a snapshot instead; for an evaluation the "step", or None for the newest.
 
     Raises:
         UserError: something in the config cannot work; found before the group forms wherever it can be.
@@ -71,7 +74,8 @@ def work(kind: str, tree: dict[str, Any], options: Mapping[str, Any]) -> None:
     ):
         if kind == "run":
             record = options.get("config") or dump(config)
-            train(rt, config, Attempt(options["attempt"], options.get("launcher_pid"), record))
+            attempt = Attempt(options["attempt"], options.get("launcher_pid"), record)
+            train(rt, config, attempt, options.get("terminal"))
         else:
             evaluate_checkpoint(rt, config, options.get("step"))
 
@@ -95,9 +99,11 @@ def check(config: Config, world: World) -> None:
     choose_device(world, config.launch.backend)
     for key, ref in factories.all_references(config):
         factories.resolve(ref, key)
+    if problems := factories.missing_trackers(config):
+        raise ConfigError("\n".join(problems))
 
 
-def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
+def train(rt: Runtime, config: Config, attempt: Attempt, terminal: int | None = None) -> None:
     """Build everything from the config, and train to the end. Collective.
 
     What the user's code does here may take long: between its parts a stop can take place.
@@ -145,7 +151,16 @@ def train(rt: Runtime, config: Config, attempt: Attempt) -> None:
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
         evaluation=_in_batches_that_fit(config, evaluation, micro_batch_size),
-        saving=Saving(saving.every_steps, saving.every_minutes, saving.keep, saving.max_failures, saving.asynchronous),
+        saving=Saving(
+            saving.every_steps,
+            saving.every_minutes,
+            saving.keep,
+            saving.max_failures,
+            saving.asynchronous,
+            Best(**dict(saving.best)) if saving.best else None,
+        ),
+        early_stopping=EarlyStopping(**dict(early)) if (early := config.train.early_stopping) else None,
+        callbacks=observers(config, terminal),
         precision=config.train.precision,
         clip_grad_norm=config.train.clip_grad_norm,
         clip_grad_value=config.train.clip_grad_value,
@@ -204,6 +219,10 @@ def _module(config: Config) -> nn.Module:
     with torch.device("meta") if config.model.fsdp2.meta_init else nullcontext():
         built = factories.build(config.model, key="model")
     module: nn.Module = factories.expect(built, nn.Module, "model.factory", "an nn.Module", ref=config.model.factory)
+    for index, init in enumerate(config.model.init):
+        key = f"model.init.{index}"
+        function = partial(factories.build, init, key=key)
+        initialize(module, function, modules=init.modules, params=init.params, key=key)
     freeze(module, config.model.freeze, "model.freeze")
     if config.model.channels_last:
         channels_last(module)

@@ -148,6 +148,23 @@ def adopted(variables: Mapping[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
+@contextlib.contextmanager
+def as_torchrun_has_it(world: World) -> Iterator[None]:
+    """Have the environment say who this rank is in torchrun's words alone, for a library that asks it.
+
+    Of one process alone it says nothing: such libraries would make a process group of it.
+    """
+    stated = world.to_env() if world.world_size > 1 else {}
+    replaced = {name: os.environ.pop(name) for name in list(os.environ) if _PLACE.match(name)}
+    os.environ.update(stated)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if _PLACE.match(name)]:
+            del os.environ[name]
+        os.environ.update(replaced)
+
+
 _PLACE = re.compile(
     r"SLURM_|SLURMD_|SRUN_|RANK$|WORLD_SIZE$|LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_|OMPI_|PMI\d?_|PMIX_|SUBMITIT_"
     r"|MPI_LOCAL"

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("eval", help="evaluate a checkpoint, exactly, on any number of ranks")
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    evaluate.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    _add_choice(evaluate)
     evaluate.add_argument("--ema", action="store_true", help="of the moving average of the weights")
     _add_overrides(evaluate)
     _add_launching(evaluate)
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="write the model of a checkpoint as .pt or .safetensors")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    _add_choice(export)
     export.add_argument("--ema", action="store_true", help="the moving average of the weights (model.ema_decay)")
     export.set_defaults(command="export")
 
@@ -115,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     verify.set_defaults(command="verify")
     return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--step", type=int, metavar="N", help="of this step; by default the newest intact one")
+    choice.add_argument("--best", action="store_true", help="the best intact one, by checkpoint.best")
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -116,7 +116,7 @@ def evaluate(arguments: Namespace) -> int:
                 f"{arguments.run_dir}: none of its checkpoints is intact; see ddpkit verify {arguments.run_dir}"
             )
         raise UserError(f"{arguments.run_dir}: there is no checkpoint to evaluate yet")
-    job = Job("eval", configs.to_tree(config), {"step": arguments.step}, search_path=(str(Path.cwd()),))
+    job = Job("eval", configs.to_tree(config), {"step": _chosen_step(arguments)}, search_path=(str(Path.cwd()),))
     plan = replace(_plan(config, job, None, arguments), waits=True)  # for the answer
     if arguments.dry_run:
         print(_describe(plan))
@@ -137,7 +137,7 @@ def export(arguments: Namespace) -> int:
     """`ddpkit export`: the model alone, in a format that other programs read."""
     from .export import write_model  # with torch, only here
 
-    write_model(arguments.run_dir, arguments.out, arguments.step, averaged=arguments.ema)
+    write_model(arguments.run_dir, arguments.out, _chosen_step(arguments), averaged=arguments.ema)
     return EXIT_DONE
 
 
@@ -181,6 +181,27 @@ def verify(arguments: Namespace) -> int:
     return EXIT_DONE if found and all(each.problem is None for each in found) else EXIT_FAILED
 
 
+def _chosen_step(arguments: Namespace) -> int | None:
+    """The step that was asked for, or that of the best checkpoint; None for the newest."""
+    if not arguments.best:
+        step: int | None = arguments.step
+        return step
+    from ddpkit.checkpoint import listing
+
+    found = listing.intact_best(arguments.run_dir)
+    if found is None:
+        raise UserError(f"--best: {arguments.run_dir} has no rule for it: checkpoint.best: {{metric: ..., mode: max}}")
+    best, manifest = found
+    if manifest is None:
+        raise UserError(f"--best: {arguments.run_dir}: no intact checkpoint was evaluated and has {best.metric!r}")
+    print(
+        f"ddpkit: the best checkpoint is that of step {manifest.step}: "
+        f"{best.metric} {manifest.progress['values'][best.metric]:.6g}",
+        file=sys.stderr,
+    )
+    return manifest.step
+
+
 def _start(plan: Plan) -> int:
     launcher = importlib.import_module(f"{__package__}.launchers.{plan.launcher}")
     code: int = launcher.run(plan)
@@ -199,9 +220,14 @@ def _run_plan(config: Config, arguments: Namespace) -> Plan:
     _check_first_weights(config)
     _check_accelerate(config)
     # Of a job on other machines, the launcher is there too.
-    options = {} if config.launch.launcher == "slurm" else {"launcher_pid": os.getpid()}
+    options = {} if config.launch.launcher == "slurm" else {"launcher_pid": os.getpid(), **_terminal()}
     job = Job("run", configs.to_tree(config), options, search_path=(str(Path.cwd()),))
     return _plan(config, job, Path(config.run_dir), arguments)
+
+
+def _terminal() -> dict[str, int]:
+    """The columns of the terminal that people look at; ranks write to a pipe."""
+    return {"terminal": os.get_terminal_size(sys.stderr.fileno()).columns} if sys.stderr.isatty() else {}
 
 
 def _describe(plan: Plan) -> str:
@@ -216,7 +242,7 @@ def _has_work(config: Config, run_dir: Path, accepted: list[str], is_shared: boo
     """
     from ddpkit.checkpoint import claim, listing
 
-    from .status import is_finished
+    from .status import ended_early, is_finished
 
     _check_same_run(config, run_dir, accepted)
     holder = None if is_shared else claim.holder(run_dir, claim.Claimant.here())
@@ -227,7 +253,9 @@ def _has_work(config: Config, run_dir: Path, accepted: list[str], is_shared: boo
         )
     newest = listing.intact_newest(run_dir)
     if newest is not None and is_finished(config, newest):
-        print(f"ddpkit: {run_dir} is finished: step {newest.step}", file=sys.stderr)
+        early = ended_early(config, newest)
+        why = f" ({early})" if early is not None else ""
+        print(f"ddpkit: {run_dir} is finished: step {newest.step}{why}", file=sys.stderr)
         return False
     return True
 

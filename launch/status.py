@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ddpkit import config as configs
+from ddpkit import selection
 from ddpkit.checkpoint import claim, listing
 from ddpkit.checkpoint.manifest import Manifest
 from ddpkit.config import Config
 from ddpkit.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, BrokenCheckpoint, UserError
+from ddpkit.selection import EarlyStopping
 
 _TAIL = 1 << 16  # bytes of metrics.jsonl that hold the newest lines
 
@@ -35,6 +37,8 @@ class Status:
         eta_s: seconds to the end at the present speed, if the end is known.
         metrics: the newest values by kind.
         checkpoints: "intact" or what is wrong, by step.
+        best: of a run that keeps its best checkpoint: "step", "metric" and "value" of the best intact one.
+        ended_early: why a finished run has ended before its time.
         attempts: what the launcher wrote about each.
         goodput: time in attempts over time since the first start.
     """
@@ -50,6 +54,8 @@ class Status:
     eta_s: float | None
     metrics: dict[str, dict[str, Any]]
     checkpoints: dict[int, str]
+    best: dict[str, Any] | None
+    ended_early: str | None
     attempts: list[dict[str, Any]]
     goodput: float | None
 
@@ -96,6 +102,8 @@ def read_status(run_dir: Path) -> Status:
         eta_s=eta,
         metrics=metrics,
         checkpoints=checkpoints,
+        best=_best(run_dir),
+        ended_early=ended_early(config, newest) if finished and config is not None and newest is not None else None,
         attempts=attempts,
         goodput=_goodput(attempts),
     )
@@ -120,7 +128,11 @@ def describe(status: Status) -> str:
         skipped = ("kind", "step", "epoch", "samples", "time")
         values = "  ".join(f"{name} {value:.4g}" for name, value in line.items() if name not in skipped)
         lines.append(f"{kind} at step {line['step']}: {values}")
+    if status.ended_early is not None:
+        lines.append(f"ended early: {status.ended_early}")
     lines += [f"checkpoint {step}: {condition}" for step, condition in status.checkpoints.items()]
+    if status.best is not None:
+        lines.append("best checkpoint: {step} ({metric} {value:.6g})".format(**status.best))
     for attempt in status.attempts:
         how = attempt.get("how", "no end was noted")
         again = f"; queued again ({attempt['requeued']})" if "requeued" in attempt else ""
@@ -135,11 +147,30 @@ def is_finished(config: Config, newest: Manifest) -> bool:
     """Whether nothing is left to do, by the newest intact checkpoint alone."""
     progress: Any = newest.progress
     train = config.train
-    if train.max_steps is not None:
+    if ended_early(config, newest) is not None:
+        trained = True
+    elif train.max_steps is not None:
         trained = progress["step"] >= train.max_steps
     else:
         trained = train.epochs is not None and progress["epoch"] >= train.epochs
     return trained and (train.eval_step is None or progress["evaluated"] == progress["step"])
+
+
+def ended_early(config: Config, newest: Manifest) -> str | None:
+    """Why a run has ended before its time, by its newest intact checkpoint; None if it has not."""
+    rule = config.train.early_stopping
+    return selection.ended_early(newest.progress, EarlyStopping(**dict(rule)) if rule is not None else None)
+
+
+def _best(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        found = listing.intact_best(run_dir)
+    except BrokenCheckpoint:
+        return None
+    best, manifest = found or (None, None)
+    if best is None or manifest is None:
+        return None
+    return {"step": manifest.step, "metric": best.metric, "value": manifest.progress["values"][best.metric]}
 
 
 def _state(attempts: list[dict[str, Any]], is_submitted: bool, newest_event: str | None) -> str:

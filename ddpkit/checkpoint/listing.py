@@ -9,6 +9,7 @@ from pathlib import Path
 from ddpkit.checkpoint import manifest
 from ddpkit.checkpoint.manifest import Manifest
 from ddpkit.errors import BrokenCheckpoint, UserError
+from ddpkit.selection import Best
 
 _COMPLETE = re.compile(r"step-(\d{8,})")
 _SET_ASIDE = re.compile(r"broken-step-(\d{8,})-\d+")
@@ -73,6 +74,38 @@ def has_any(run_dir: Path) -> bool:
     """Whether the run has ever saved a checkpoint, intact by now or not: then it never begins afresh."""
     directory = checkpoints_directory(run_dir)
     return bool(complete(directory) or set_aside(directory))
+
+
+def evaluated(directory: Path, best: Best) -> list[tuple[float, int, Path]]:
+    """(value, step, path) of every checkpoint that was saved after an evaluation of its step, the best first.
+
+    Of equal ones the earlier is the better. Nothing but the manifests is verified.
+    """
+    found = []
+    for step, path in complete(directory):
+        try:
+            progress = manifest.read(path).progress
+        except (BrokenCheckpoint, UserError):
+            continue
+        value = progress.get("values", {}).get(best.metric)
+        if value is not None and progress.get("evaluated") == step:
+            found.append((value, step, path))
+    return sorted(found, key=lambda each: (each[0] if best.mode == "min" else -each[0], each[1]))
+
+
+def intact_best(run_dir: Path) -> tuple[Best, Manifest | None] | None:
+    """What makes a checkpoint of this run the best, and the manifest of the best intact one; None if nothing does."""
+    newest = intact_newest(run_dir)
+    rule = newest.progress.get("best") if newest is not None else None
+    if rule is None:
+        return None
+    best = Best(**rule)
+    for _, step, path in evaluated(checkpoints_directory(run_dir), best):
+        try:
+            return best, verified(path, step)
+        except (BrokenCheckpoint, UserError):
+            continue
+    return best, None
 
 
 def _problem(path: Path, step: int) -> str | None:

@@ -17,6 +17,7 @@ from ddpkit.checkpoint.contents import Loaded, Part, Snapshot, Targets, load_mod
 from ddpkit.checkpoint.manifest import FileProof, Json, Manifest
 from ddpkit.checkpoint.writer import free_bytes, fsync_directory, raise_save_failed
 from ddpkit.errors import BrokenCheckpoint, DdpkitError, SaveFailed, StateError, Superseded, UserError
+from ddpkit.selection import Best, is_better
 
 __all__ = ["CheckpointStore", "Loaded", "Ranks", "SaveResult", "Snapshot", "load_model_tensors"]
 
@@ -55,7 +56,8 @@ class CheckpointStore:
 
     directory: made on the first save. keep: how many checkpoints pruning leaves (at least 1).
     event(name, **fields) and warn(text) are called on rank zero only. fence() raises Superseded if this run
-    may not write any more; rank zero asks it before everything that changes what is there.
+    may not write any more; rank zero asks it before everything that changes what is there. best: the best intact
+    checkpoint by it is kept as well.
     """
 
     def __init__(
@@ -66,9 +68,11 @@ class CheckpointStore:
         event: Callable[..., None],
         warn: Callable[[str], None],
         fence: Callable[[], None],
+        best: Best | None = None,
     ) -> None:
         self._directory = directory
         self._keep = keep
+        self._best = best
         self._ranks = ranks
         self._event = event
         self._warn = warn
@@ -80,7 +84,7 @@ class CheckpointStore:
 
         One of the two may be at work at a time.
         """
-        other = CheckpointStore(self._directory, self._keep, ranks, self._event, self._warn, self._fence)
+        other = CheckpointStore(self._directory, self._keep, ranks, self._event, self._warn, self._fence, self._best)
         other._known_good = self._known_good
         return other
 
@@ -138,6 +142,13 @@ class CheckpointStore:
             return None
         loaded, _ = self._together("load/read", partial(self._read, picked, into or {}), _nothing, BrokenCheckpoint)
         return loaded
+
+    def would_be_best(self, value: float) -> bool:
+        """Whether a checkpoint that the evaluation gave ``value`` would be the best one. For rank zero."""
+        if self._best is None:
+            return False
+        found = listing.evaluated(self._directory, self._best)
+        return is_better(value, found[0][0] if found else None, self._best.mode)
 
     def clean(self) -> None:
         """Remove what interrupted saves and prunings left. Rank zero, holding the claim, before the load."""
@@ -212,13 +223,22 @@ class CheckpointStore:
             missing = min(self._keep, _FEWEST_GOOD) - sum(
                 self._is_good(step, path) for step, path in found[: self._keep]
             )
+            best = self._best_good()
             for step, path in found[self._keep :]:
+                if step == best:
+                    continue
                 if missing > 0 and self._is_good(step, path):
                     missing -= 1
                 else:
                     _discard(path)
         except (DdpkitError, OSError) as error:  # the new checkpoint is safe; that is what the save is for
             self._warn(f"older checkpoints were not removed: {error}")
+
+    def _best_good(self) -> int | None:
+        if self._best is None:
+            return None
+        found = listing.evaluated(self._directory, self._best)
+        return next((step for _, step, path in found if self._is_good(step, path)), None)
 
     def _is_good(self, step: int, path: Path) -> bool:
         if step in self._known_good:

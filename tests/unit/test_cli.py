@@ -153,9 +153,9 @@ def test_the_names_on_the_command_line_are_a_contract() -> None:
     expected = {
         "run": "--accept-change --dry-run --help --launcher --sweep --tee --wait -h -o",
         "launch": "--dry-run --help --launcher --nnodes --nproc-per-node --run-dir --tee --wait -h -m -o",
-        "eval": "--dry-run --ema --help --launcher --step --tee --wait -h -o",
+        "eval": "--best --dry-run --ema --help --launcher --step --tee --wait -h -o",
         "status": "--help --json -h",
-        "export": "--ema --help --step -h",
+        "export": "--best --ema --help --step -h",
         "verify": "--help -h",
     }
     for verb, options in expected.items():

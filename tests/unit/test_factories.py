@@ -293,7 +293,7 @@ def test_check_covers_every_reference_of_a_config(folder: Path) -> None:
             "epochs": 1,
             "callbacks": ["n.e:callback"],
         },
-        "trackers": ["name", {"factory": "n.e:tracker"}],
+        "trackers": [{"factory": "n.e:tracker"}],
     }
     keys = [line.partition(":")[0] for line in factories.check(configs.from_tree(tree), sys.path)]
     assert sorted(keys) == [
@@ -308,7 +308,7 @@ def test_check_covers_every_reference_of_a_config(folder: Path) -> None:
         "model.factory",
         "optimizer.factory",
         "scheduler.factory",
-        "trackers.1.factory",
+        "trackers.0.factory",
         "train.callbacks.0",
         "train.eval_step",
         "train.step",
