@@ -73,8 +73,9 @@ def _import_once(*names: str) -> None:
     """Import what all ranks need before there are any.
 
     DDP's constructor imports torch._dynamo otherwise, in each rank: 8 ranks would start 3 times as slowly. Without the
-    collector, which goes through what is there again and again as it grows, and finds 9 of 490 thousand objects: that
-    is a quarter of the time. Nor is it to go through it in the ranks, where it would write to every object's page.
+    collector, which goes through what is there again and again as it grows, and finds 9 thousand of 490 thousand
+    objects: that is a quarter of the time. Nor is it to go through it in the ranks, where it would write to every
+    object's page.
     """
     gc.disable()
     for name in names:

@@ -29,7 +29,7 @@ _BYTES = 3 * _LAYERS * (_WIDTH**2 + _WIDTH) * 4
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir="."))
+    folder = Path(tempfile.mkdtemp(prefix="bench-", dir="."))
     try:
         yield folder
     finally:

@@ -88,10 +88,20 @@ def test_a_rank_that_leaves_a_run_early_is_the_cause(shell: Shell, code: str, ki
         assert "steps.py" in kept["traceback"]
 
 
+KILLED_ONCE = """
+import glob, time
+
+if not os.path.exists("once"):
+    while not glob.glob("run/checkpoints/step-*"):  # it is written beside training
+        time.sleep(0.01)
+    open("once", "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_a_restart_goes_on_from_the_checkpoint(shell: Shell) -> None:
     _config_with(shell, max_restarts=1)
-    once = "if not os.path.exists('once'): open('once', 'w').close(); os.kill(os.getpid(), signal.SIGKILL)"
-    done = shell.run("run", "config.yaml", env={"BAD_RANK": "1", "DO": once})
+    done = shell.run("run", "config.yaml", env={"BAD_RANK": "1", "DO": KILLED_ONCE})
     assert done.returncode == 0, done.stderr
     assert "restarting all ranks (1 of 1)" in done.stderr
     attempts = [json.loads((shell.cwd / f"run/attempts/attempt-{n}.json").read_text()) for n in (0, 1)]
