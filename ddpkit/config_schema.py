@@ -128,6 +128,8 @@ def _kind(node: Schema, whole: Schema) -> str:
         return " or ".join(f"`{choice}`" for choice in found.get("enum", [found.get("const")]))
     if "properties" in found:
         return "a factory" if _is_factory(found) else "a section"
+    if "prefixItems" in found:
+        return f"a list of {len(found['prefixItems'])} {_plural(_type(found['prefixItems'][0], whole))}"
     if found.get("type") == "array":
         return f"a list of {_plural(_type(found['items'], whole))}"
     if found.get("type") == "object":

@@ -128,7 +128,8 @@ def clip_to_norm_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -
 def clip_values_(parameters: Iterable[Tensor], max_value: float) -> None:
     """Cut the values of the gradients down to ``max_value``, and up to minus that."""
     whole, parts = _gradients(parameters)
-    nn.utils.clip_grad_value_(whole, max_value)
+    if whole:  # torch's does not take nothing
+        nn.utils.clip_grad_value_(whole, max_value)
     for part in parts:
         part.clamp_(-max_value, max_value)
 
