@@ -55,6 +55,12 @@ def _is_range(text: str) -> str:
     return text
 
 
+def _in_order(steps: tuple[int, ...]) -> tuple[int, ...]:
+    if steps[0] > steps[1]:
+        raise ValueError(f"the first one, {steps[0]}, comes after the last one, {steps[1]}")
+    return steps
+
+
 def _substitutable(rename: dict[str, str]) -> dict[str, str]:
     problems: list[tuple[KeyPath, str]] = []
     for pattern, replacement in rename.items():
@@ -65,12 +71,6 @@ def _substitutable(rename: dict[str, str]) -> dict[str, str]:
     if problems:
         raise NestedProblems(problems)
     return rename
-
-
-def _in_order(steps: tuple[int, int]) -> tuple[int, int]:
-    if steps[0] > steps[1]:
-        raise ValueError(f"the first one, {steps[0]}, comes after the last one, {steps[1]}")
-    return steps
 
 
 def _buildable(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -416,7 +416,7 @@ class EarlyStopping(Section):
 class Profile(Section):
     """A trace of some steps, by torch.profiler, in `profile/`."""
 
-    steps: Annotated[tuple[Count, Count], AfterValidator(_in_order)] = Field(strict=False)
+    steps: Annotated[tuple[Count, ...], AfterValidator(_in_order)] = Field(strict=False, min_length=2, max_length=2)
     """The first and the last one."""
     ranks: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(default=(0,), strict=False)
     """The ranks that are traced."""
@@ -815,6 +815,7 @@ def _contradictions(tree: JsonValue) -> Iterator[_Problem]:
 
 _AT_ODDS = (
     ("train.clip_grad_value", "train.clip_grad_norm", "given with train.clip_grad_norm; give one of them"),
+    ("model.init", "model.fsdp2.meta_init", "given with model.fsdp2.meta_init, with which layers give them"),
     ("cudnn.benchmark", "train.deterministic", "given with train.deterministic, which rules it out"),
 )
 _NEEDED = (
@@ -840,7 +841,7 @@ def _unclear_lengths(tree: JsonValue) -> Iterator[_Problem]:
 
 
 def _given(tree: JsonValue, key: str) -> bool:
-    return _value(tree, key) not in (None, False)
+    return _value(tree, key) not in (None, False, [])
 
 
 def _value(tree: JsonValue, key: str) -> JsonValue:

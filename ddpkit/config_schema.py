@@ -104,7 +104,7 @@ def _in_list(name: str, node: Schema, whole: Schema) -> list[tuple[str, Schema]]
 
 def _sections(node: Schema, whole: Schema) -> list[Schema]:
     """The sections that a value may be, factories aside: they are all alike."""
-    found = [_section(option, whole) for option in node.get("anyOf", [node])]
+    found = [_section(option, whole) for option in _alternatives(node)]
     return [option for option in found if "properties" in option and not _is_factory(option)]
 
 
@@ -118,7 +118,12 @@ def _is_factory(section: Schema) -> bool:
 
 
 def _type(node: Schema, whole: Schema) -> str:
-    return " or ".join(dict.fromkeys(_kind(option, whole) for option in node.get("anyOf", [node])))
+    return " or ".join(dict.fromkeys(_kind(option, whole) for option in _alternatives(node)))
+
+
+def _alternatives(node: Schema) -> list[Schema]:
+    found: list[Schema] = node.get("anyOf") or node.get("oneOf") or [node]
+    return found
 
 
 def _kind(node: Schema, whole: Schema) -> str:
@@ -128,8 +133,6 @@ def _kind(node: Schema, whole: Schema) -> str:
         return " or ".join(f"`{choice}`" for choice in found.get("enum", [found.get("const")]))
     if "properties" in found:
         return "a factory" if _is_factory(found) else "a section"
-    if "prefixItems" in found:
-        return f"a list of {len(found['prefixItems'])} {_plural(_type(found['prefixItems'][0], whole))}"
     if found.get("type") == "array":
         return f"a list of {_plural(_type(found['items'], whole))}"
     if found.get("type") == "object":

@@ -27,6 +27,7 @@ _BOUNDS: Mapping[str, str] = {
     "exclusiveMinimum": "above",
     "exclusiveMaximum": "below",
     "minItems": "with a length of at least",
+    "maxItems": "with a length of at most",
 }
 
 
@@ -114,12 +115,7 @@ def _schema_at(schema: Schema, path: KeyPath) -> list[Schema]:
 
 
 def _below(node: Schema, key: str | int) -> Schema | None:
-    found: Schema | None
-    if isinstance(key, str):
-        found = node.get("properties", {}).get(key)
-    else:  # a list of so many, or of any number
-        each: list[Schema] = node.get("prefixItems", [])
-        found = each[key] if key < len(each) else node.get("items")
+    found: Schema | None = node.get("items") if isinstance(key, int) else node.get("properties", {}).get(key)
     return found
 
 

@@ -717,7 +717,7 @@ def test_what_cannot_be_filled_in(write: Callable[..., str], written: str, messa
     assert message in str(caught.value)
 
 
-# ---------------------------------------------------------------------- not built, changed, described
+# ---------------------------------------------------------------------- changed, described
 
 
 def test_differences_name_the_leaves_that_may_not_change(write: Callable[..., str]) -> None:
