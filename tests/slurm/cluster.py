@@ -36,8 +36,9 @@ PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"
 
 # cred_expire: a requeued job stays held for that long, 2 minutes by default.
 # RealMemory and CPUs are not what the machine has: config_overrides makes slurmd believe them.
+# ClusterName: jobs of several clusters have the same numbers, and find their launchers and ranks by these two.
 CONFIGURATION = """\
-ClusterName=tests
+ClusterName={name}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser=root
@@ -281,7 +282,11 @@ class Cluster:
         nodes = [NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, node_ports, strict=True)]
         self._configuration.write_text(
             CONFIGURATION.format(
-                host=host, directory=self.directory, controller_port=controller_port, nodes="\n".join(nodes)
+                name=self.directory.name,
+                host=host,
+                directory=self.directory,
+                controller_port=controller_port,
+                nodes="\n".join(nodes),
             )
         )
         self.work.mkdir()
