@@ -181,6 +181,7 @@ class _View:
         self._output = output
         self._tails: dict[Path, _Tail] = {}
         self._said = ""
+        self._restarts_told = 0
 
     def look(self, state: JobState | None, now: float) -> None:
         """Say what has changed."""
@@ -209,10 +210,13 @@ class _View:
     def _in_words(self, state: JobState) -> str:
         again = " again" if state.restarts else ""
         if state.state == "PENDING":
+            self._restarts_told = state.restarts
             requeued = "is requeued, and " if state.restarts else ""
             why = f" ({state.reason})" if state.reason != "None" else ""
             return f"job {self.watch.name} {requeued}waits to start{again}{why}"
-        return f"job {self.watch.name} runs{again} on {state.nodes}" if state.state == "RUNNING" else ""
+        # It may have waited for less than the time between two looks.
+        requeued = "is requeued, and " if state.restarts > self._restarts_told else ""
+        return f"job {self.watch.name} {requeued}runs{again} on {state.nodes}" if state.state == "RUNNING" else ""
 
 
 class _Tail:

@@ -142,7 +142,8 @@ def test_requeued_by_hand_in_the_middle_of_a_save(cluster: Cluster, reference: P
         assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
         home.assert_done_like(reference)
         assert events(home.run_dir, "requeued") == []  # by us
-    assert events(finishes.run_dir, "restored")[0]["step"] == 14
+    # Training goes on beside the save; the stop waits for it, and saves what has been done since as well.
+    assert events(finishes.run_dir, "restored")[0]["step"] >= 14
     assert _kinds(finishes) == ["started", "stopped", "restored", "finished"]
     finishes.assert_all_samples_once()
     assert events(does_not.run_dir, "restored")[0]["step"] == 7

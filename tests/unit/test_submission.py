@@ -481,6 +481,16 @@ def test_following_a_job_through_a_requeue(play: Play, capsys: Capture) -> None:
     assert err.count("still trying") == 1
 
 
+def test_a_requeue_between_two_looks_is_told_of(play: Play, capsys: Capture) -> None:
+    folder = Path.cwd() / "run/slurm/submission-0"
+    play.says(
+        *play.states("RUNNING NodeList=n1 Restarts=0", "RUNNING NodeList=n3 Restarts=1", "COMPLETED Restarts=1"),
+        last=f"""echo '{{"exit_code": 0, "failures": [], "results": [], "report": null}}' > {folder}/outcome.json""",
+    )
+    assert run("--wait") == 0
+    assert "ddpkit: job 7 is requeued, and runs again on n3\n" in capsys.readouterr().err
+
+
 STATE = JobState("RUNNING", "None", 0, True, False, None)
 
 
