@@ -28,7 +28,10 @@ def make() -> tuple[str, int]:
     try:
         while True:
             path = tempfile.mkdtemp(prefix=_prefix())
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue  # somebody who sweeps has been faster
             if _is_held(path, descriptor):
                 return path, descriptor
             os.close(descriptor)

@@ -44,3 +44,19 @@ def test_one_that_is_swept_as_it_is_made_is_made_again(tmp_path: Path, monkeypat
     path, held = scratch.make()
     assert path != swept[0] and [str(each) for each in tmp_path.iterdir()] == [path]
     os.close(held)
+
+
+def test_one_that_is_swept_before_it_is_opened_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    made, mkdtemp = list[str](), tempfile.mkdtemp
+
+    def swept_once(prefix: str) -> str:
+        made.append(mkdtemp(prefix=prefix))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept_once)
+    path, held = scratch.make()
+    assert path == made[1] and [str(each) for each in tmp_path.iterdir()] == [path]
+    os.close(held)
