@@ -31,7 +31,7 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     if any(each.dtype in (torch.bfloat16, torch.float16) for each in module.parameters()):
         average = AveragedModel(module, avg_fn=_Towards(decay)).float()
     else:
-        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay))  # type: ignore[no-untyped-call]  # torch's
     return average.requires_grad_(False)
 
 

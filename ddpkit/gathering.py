@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ddpkit.errors import EXIT_FAILED, EXIT_STOPPED, DdpkitError, NoProgress, Stalled
+from ddpkit.errors import EXIT_FAILED, EXIT_STOPPED, DdpkitError, Stalled
 from ddpkit.stop import Requests
 from ddpkit.world import World
 
@@ -84,7 +84,7 @@ class GatheringWatch:
         )
         try:
             self._come_back(reason)
-        except NoProgress as error:
+        except DdpkitError as error:  # it has come back too often, say
             end_process(error)
         _leave(EXIT_STOPPED)
 
@@ -109,7 +109,7 @@ class GatheringWatch:
                 socket.create_connection((self._world.master_addr or "", self._world.master_port), _ASK_S).close()
             missing = self._missing(_ASK_S)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is why rank zero cannot be asked
-            why = str(error).splitlines()[0]
+            why = next(iter(str(error).splitlines()), type(error).__name__)
             return f"rank 0 cannot be reached at {self._master()}. Was it started? Is the way to it open? ({why})"
         if not missing:
             return "all have come, and some have not gone on from there; look for a process that is stopped"

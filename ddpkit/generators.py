@@ -1,4 +1,4 @@
-"""Where Python's, NumPy's and torch's global generators stand: looked at, compared and put back at little cost.
+"""Where Python's, NumPy's and torch's global generators stand: kept and put back at little cost.
 
 This is done around every fetch, and the official ways copy a Mersenne state of 624 words one by one: 10 us for
 Python's, 51 us for NumPy's. Both keep theirs in one piece of memory, which is read or written in 0.1 us. That it lies
@@ -21,7 +21,7 @@ _WORDS = 624
 _SIZE = (_WORDS + 1) * 4  # the state and how many of its words are used up, all of 32 bits
 
 State: TypeAlias = tuple[Any, Any, bytes]
-"""Where the three stand; equal if and only if nothing was drawn or seeded in between."""
+"""Where the three stand."""
 
 
 class HostGenerators:
@@ -135,6 +135,3 @@ def _memory(address: int | None, expected: bytes) -> Any:
         return None
     memory = (ctypes.c_char * _SIZE).from_address(address)
     return memory if memory.raw == expected else None
-
-
-__all__ = ["HostGenerators", "State"]

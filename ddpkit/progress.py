@@ -27,7 +27,7 @@ class Lines(Callback):
     def on_record(self, run: Run, kind: str, values: Mapping[str, float], clock: Mapping[str, float]) -> None:
         """Log a line."""
         if run.rt.is_main and log.isEnabledFor(logging.INFO):
-            log.info("%s  epoch %d  step %d  %s", kind, run.progress.epoch, run.progress.step, shown(values, clock))
+            _log(run, kind, values, clock)
 
 
 class ProgressBar(Callback):
@@ -88,7 +88,11 @@ class ProgressBar(Callback):
         if kind == "train":
             self._bar.set_postfix_str(shown(values, {"samples_per_s": clock.get("samples_per_s", 0.0)}), refresh=False)
         else:
-            log.info("%s  epoch %d  step %d  %s", kind, run.progress.epoch, run.progress.step, shown(values, clock))
+            _log(run, kind, values, clock)
+
+
+def _log(run: Run, kind: str, values: Mapping[str, float], clock: Mapping[str, float]) -> None:
+    log.info("%s  epoch %d  step %d  %s", kind, run.progress.epoch, run.progress.step, shown(values, clock))
 
 
 def shown(values: Mapping[str, float], clock: Mapping[str, float]) -> str:

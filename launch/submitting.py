@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from ddpkit.checkpoint.claim import Place, Process
+from ddpkit.checkpoint.claim import Place, Process, server_time
 
 _NAME = ".submitting"
 _OLD_S = 600.0  # nobody takes so long, with a snapshot of the code and a busy controller
@@ -66,7 +66,7 @@ def _make(folder: Path, made: set[Path]) -> bool:
 def _holder(path: Path) -> str | None:
     """Who has made the file; None if that is over. A dead one's file is removed."""
     try:
-        age_s = _server_time(path.parent) - path.stat().st_mtime
+        age_s = server_time(path.parent) - path.stat().st_mtime
         place, process = _told(path)
         is_here = place == Place.here() and process is not None
         if (is_here and process is not None and not process.alive) or (not is_here and age_s > _OLD_S):
@@ -85,13 +85,3 @@ def _told(path: Path) -> tuple[Place | None, Process | None]:
         return Place(**told["place"]), Process(**told["process"])
     except (ValueError, TypeError, KeyError):
         return None, None  # it is being written, or its writer was killed in between
-
-
-def _server_time(folder: Path) -> float:
-    """Now, by the clock that stamps the files there."""
-    probe = folder / f"{_NAME}.{uuid.uuid4().hex}"
-    try:
-        probe.touch(exist_ok=False)
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)

@@ -206,7 +206,7 @@ def _judged(run_dir: Path, me: Claimant) -> tuple[Holder | None, _Verdict, float
     """The claim as found, what it means for ``me``, and the seconds since its last heartbeat."""
     try:
         found = _read(run_dir / NAME)
-        silent_s = _server_time(run_dir) - (run_dir / NAME).stat().st_mtime
+        silent_s = server_time(run_dir) - (run_dir / NAME).stat().st_mtime
     except FileNotFoundError:
         return None, _Verdict.FREE, 0.0
     return found, _verdict(found, me, silent_s), silent_s
@@ -326,9 +326,9 @@ def _start_of(pid: int) -> int | None:
     return None if state in "ZX" else int(fields[18])
 
 
-def _server_time(run_dir: Path) -> float:
-    """Now, by the clock that stamps the files of ``run_dir``: a file server's may differ from this host's."""
-    probe = run_dir / f".{NAME}.{uuid.uuid4().hex}.tmp"
+def server_time(folder: Path) -> float:
+    """Now, by the clock that stamps the files of ``folder``: a file server's may differ from this host's."""
+    probe = folder / f".{NAME}.{uuid.uuid4().hex}.tmp"
     try:
         probe.touch(exist_ok=False)
         return probe.stat().st_mtime
