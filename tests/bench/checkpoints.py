@@ -120,7 +120,8 @@ def _saved_by_ranks(run_dir: Path, ranks: int) -> float:
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     shutil.rmtree(run_dir)
     saved = [event for event in events if event["event"] == "saved"]
-    return _BYTES / 1e9 / statistics.median(event["seconds"] for event in saved[_COLD:])
+    taken: list[float] = [event["seconds"] for event in saved[_COLD:]]
+    return _BYTES / 1e9 / statistics.median(taken)
 
 
 def _save(run_dir: str, saves: int = _COLD + 3) -> None:
