@@ -82,7 +82,8 @@ class SeededDataset(Dataset[Any]):
             except Exception as error:
                 _note(error, f"at sample {item}, position {position} of the epoch")
                 raise
-        seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
+        if self._collate is not default_collate:  # torch's draws nothing
+            seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
         batch = self._collate(samples)
         return batch if part.size else nothing_of(batch, samples[0])
 
