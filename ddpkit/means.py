@@ -8,12 +8,27 @@ values whether they still hold for everybody, and where they do not, they are ag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ddpkit.agree import Ranks
+
+
+class Means(NamedTuple):
+    """What the ranks' reports came to, the same on all ranks.
+
+    Attributes:
+        values: the means by name.
+        asked: whether any rank asks.
+        by_rank: what each rank has told of itself.
+    """
+
+    values: dict[str, float]
+    asked: bool
+    by_rank: list[list[float]]
 
 
 class RankMeans:
@@ -32,34 +47,40 @@ class RankMeans:
         self._device = device
         self._names: list[str] = []
 
-    def of(self, values: Mapping[str, float], weight: float, asks: bool) -> tuple[dict[str, float], bool]:
+    def of(self, values: Mapping[str, float], weight: float, asks: bool, of_itself: Sequence[float] = ()) -> Means:
         """The means, and whether any rank ``asks`` (for a save, say), the same on all ranks. Collective.
 
         Args:
             values: this rank's, by name; the mean of one that not all ranks report is of those which do.
             weight: what they count for; with 0 they are not looked at.
             asks: a question that travels along.
+            of_itself: numbers of which no mean is formed, as many on every rank.
         """
         own = values if weight else {}  # the values of a rank that has nothing to report are NaN
-        differs, asked, sums = self._summed(own, weight, asks)
+        differs, asked, by_rank, sums = self._summed(own, weight, asks, of_itself)
         if differs:
             told = self._ranks.exchange("names of what is recorded", list(own))
             self._names = sorted({name for names in told for name in names})
-            _, asked, sums = self._summed(own, weight, asks)
+            _, asked, by_rank, sums = self._summed(own, weight, asks, of_itself)
         means = {name: total / counted for name, (total, counted) in sums.items() if counted}
-        return {name: means[name] for name in (*own, *means) if name in means}, asked
+        return Means({name: means[name] for name in (*own, *means) if name in means}, asked, by_rank)
 
     def _summed(
-        self, own: Mapping[str, float], weight: float, asks: bool
-    ) -> tuple[bool, bool, dict[str, tuple[float, float]]]:
-        """Whether the names differ from those agreed on, whether anybody asks, each name's sum and weight."""
+        self, own: Mapping[str, float], weight: float, asks: bool, of_itself: Sequence[float]
+    ) -> tuple[bool, bool, list[list[float]], dict[str, tuple[float, float]]]:
+        """Whether the names differ from those agreed on, whether anybody asks, each rank's own, each name's sum."""
         differs = bool(own) and own.keys() != set(self._names)
-        flat = [float(differs), float(asks)]
+        rank, width = self._ranks.rank, len(of_itself)
+        slots = [0.0] * (self._ranks.world_size * width)  # each rank adds nothing to the others'
+        slots[rank * width : (rank + 1) * width] = of_itself
+        flat = [float(differs), float(asks), *slots]
         for name in self._names:
             flat += (weight * own[name], weight) if name in own else (0.0, 0.0)
         if self._ranks.world_size > 1:
             summed = torch.tensor(flat, dtype=torch.float64, device=self._device)
             dist.all_reduce(summed)
             flat = summed.tolist()
-        pairs = zip(flat[2::2], flat[3::2], strict=True)
-        return flat[0] > 0, flat[1] > 0, dict(zip(self._names, pairs, strict=True))
+        end = 2 + len(slots)
+        by_rank = [flat[place : place + width] for place in range(2, end, width)] if width else []
+        pairs = zip(flat[end::2], flat[end + 1 :: 2], strict=True)
+        return flat[0] > 0, flat[1] > 0, by_rank, dict(zip(self._names, pairs, strict=True))

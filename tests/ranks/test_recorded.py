@@ -60,7 +60,9 @@ STEPS: list[list[dict[str, float]]] = [  # by rank
 
 def _means(rt: ddpkit.Runtime, means: RankMeans, number: int) -> tuple[dict[str, float], bool]:
     weight = 0.0 if number == 3 and rt.rank == 2 else 1.0 + rt.rank
-    return means.of(STEPS[number][rt.rank], weight, asks=number == rt.rank == 2)
+    found = means.of(STEPS[number][rt.rank], weight, number == rt.rank == 2, [10.0 * number + rt.rank])
+    assert found.by_rank == [[10.0 * number + rank] for rank in range(3)]
+    return found.values, found.asked
 
 
 def _one_after_the_other() -> list[Any]:
