@@ -93,8 +93,9 @@ def account(attempts: Sequence[Line], totals: dict[str, float], end: float, wait
     between += max(0.0, end - ended[-1])
     wall = max(end, ended[-1]) - started[0]
     steps, evaluation, saving = (totals.get(name, 0.0) for name in ("steps_s", "evaluation_s", "saving_s"))
-    other = max(0.0, wall - steps - evaluation - saving - starting - between)
-    return Account(wall, steps, evaluation, saving, starting, between, other)
+    left = max(0.0, wall - steps - evaluation - saving - starting)
+    between = min(between, left)  # where nobody has noted an end, it begins at the newest sign of life
+    return Account(wall, steps, evaluation, saving, starting, between, left - between)
 
 
 def phases(totals: dict[str, float]) -> dict[str, float]:
@@ -110,8 +111,8 @@ def pace(lines: Sequence[Line], since: float | None, most: int = 100) -> float |
         since: when the present start began: the time between attempts is no part of a step.
         most: lines of training to look at.
     """
-    trained = [line for line in lines if line["kind"] == "train" and "step_s" in line["time"]]
-    recent = [line for line in trained if since is None or line["time"].get("unix", 0.0) >= since][-most:]
+    trained = [line for line in lines if line["kind"] == "train" and {"step_s", "unix"} <= line["time"].keys()]
+    recent = [line for line in trained if since is None or line["time"]["unix"] >= since][-most:]
     if len(recent) > 1 and (steps := int(recent[-1]["step"]) - int(recent[0]["step"])) > 0:
         seconds = float(recent[-1]["time"]["unix"]) - float(recent[0]["time"]["unix"])
         return max(0.0, seconds / steps)

@@ -52,14 +52,26 @@ def json_file(path: Path) -> Line | None:
 
 
 def events(run_dir: Path, *, but: Sequence[str] = ()) -> list[Line]:
-    """The events in order, without those of the names in ``but``, which may be many."""
+    """The events in order, without those of the names in ``but``, which may be many.
+
+    Of those, the one before the start of another attempt is kept: it may be the newest sign of life of the one before.
+    """
     try:
         content = (run_dir / "events.jsonl").read_bytes()
     except OSError:
         return []
-    dropped = tuple(f'{{"event": "{name}"'.encode() for name in but)  # as they are written: not even looked at
-    lines = (line for line in content.splitlines() if not line.startswith(dropped))
-    return [line for line in parsed(lines) if isinstance(line.get("event"), str) and line["event"] not in but]
+    lines = content.splitlines()
+    dropped, starts = _beginnings(but), _beginnings(STARTS)  # as they are written: not even looked at
+    kept = (
+        line
+        for line, following in zip(lines, [*lines, b""][1:], strict=True)
+        if not line.startswith(dropped) or following.startswith(starts)
+    )
+    return [line for line in parsed(kept) if isinstance(line.get("event"), str)]
+
+
+def _beginnings(names: Sequence[str]) -> tuple[bytes, ...]:
+    return tuple(f'{{"event": "{name}"'.encode() for name in names)
 
 
 def newest_lines(path: Path, back_to: int | None = None) -> list[Line]:

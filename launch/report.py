@@ -114,7 +114,7 @@ def _facts(status: Status) -> Iterator[tuple[str, str]]:
         yield "goodput", f"{status.goodput:.0%}"
     yield "attempts", str(len(status.attempts))
     for kind, line in status.metrics.items():
-        if "loss" in line:
+        if _is_number(line.get("loss")):
             yield f"loss ({kind})", number(line["loss"])
     if status.best is not None:
         yield f"best {status.best['metric']}", f"{number(status.best['value'])}, step {status.best['step']}"
@@ -203,7 +203,7 @@ def _called(of_kind: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def _timeline(status: Status, told: Sequence[Line]) -> str:
-    attempts = [each for each in status.attempts if _is_time(each.get("started"))]
+    attempts = [each for each in status.attempts if _is_number(each.get("started"))]
     if not attempts:
         return ""
     begin = min(each["started"] for each in attempts)
@@ -214,7 +214,7 @@ def _timeline(status: Status, told: Sequence[Line]) -> str:
     spans = "".join(_span(each, clock, status, end if each is newest and at_work else None) for each in attempts)
     lanes = _lane(f"attempts, since {clock_time(begin)}", spans)
     for name, kinds in _LANES.items():
-        found = [event for event in told if event["event"] in kinds and _is_time(event.get("unix"))]
+        found = [event for event in told if event["event"] in kinds and _is_number(event.get("unix"))]
         lanes += _lane(f"{name}: {len(found)}", _ticks(found, clock, kinds)) if found else ""
     ticks = [(seconds / clock.length, duration(seconds)) for seconds in _clock_steps(clock.length)]
     inside = f'<div class="lanes">{lanes}{axis(ticks)}</div>{_attempts(status)}'
@@ -224,7 +224,12 @@ def _timeline(status: Status, told: Sequence[Line]) -> str:
 _LANES: dict[str, dict[str, str]] = {
     "saves": {"saved": "saved"},
     "stops": {"stopped": "stopped", "requeued": "stopped"},
-    "failures": {"failed": "failed", "save_failed": "failed", "set_aside": "failed", "skipped": "failed"},
+    "failures and skipped steps": {
+        "failed": "failed",
+        "save_failed": "failed",
+        "set_aside": "failed",
+        "skipped": "failed",
+    },
 }
 """Events by the lane they are shown in, and what they look like."""
 
@@ -247,7 +252,7 @@ def _span(attempt: Line, clock: _Clock, status: Status, until: float | None) -> 
     )
     left = clock.part(attempt["started"])
     found = bar(left, clock.part(end), _LANE, _kind(attempt, until is not None), title)
-    if _is_time(attempt.get("began")) and attempt["began"] > attempt["started"]:
+    if _is_number(attempt.get("began")) and attempt["began"] > attempt["started"]:
         found += bar(left, clock.part(min(attempt["began"], end)), _LANE, "start", f"{title}; it starts")
     return found
 
@@ -292,7 +297,7 @@ def _attempts(status: Status) -> str:
     rows = [
         (
             ("attempt", str(attempt["attempt"])),
-            ("started", clock_time(attempt["started"]) if _is_time(attempt.get("started")) else ""),
+            ("started", clock_time(attempt["started"]) if _is_number(attempt.get("started")) else ""),
             ("took", _took(attempt)),
             ("steps", _steps(attempt)),
             ("ranks", str(attempt.get("ranks") or "")),
@@ -319,7 +324,7 @@ def _table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
 
 
 def _took(attempt: Line) -> str:
-    if _is_time(attempt.get("started")) and _is_time(attempt.get("ended")):
+    if _is_number(attempt.get("started")) and _is_number(attempt.get("ended")):
         return duration(max(0.0, attempt["ended"] - attempt["started"]))
     return ""
 
@@ -385,7 +390,8 @@ def _ranks(recording: Recording) -> str:
     left = f"The {_ROWS} slowest of {len(steps)} ranks. " if len(steps) > _ROWS else ""
     return _section(
         "Ranks",
-        f'<table class="rows"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table><div class="keys">{keys}</div>'
+        f'<table class="rows"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        f'<div class="keys">{keys}</div>'
         f'<p class="dim">{left}From the recorded lines, each of which has the mean of its steps. Ranks wait for each '
         "other within a step, so their times are nearly alike: the one that holds the others up is the one that waits "
         "least in the exchange of gradients.</p>",
@@ -446,5 +452,5 @@ def _config(run_dir: Path) -> str:
     return _section("Config", f"<details><summary>config.yaml</summary>{_block(content)}</details>")
 
 
-def _is_time(value: object) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

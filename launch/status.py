@@ -109,7 +109,7 @@ def read_status(run_dir: Path) -> Status:
     is_at_work = state in _AT_WORK
     attempts = history.attempts(files, told)
     saved_step = newest.step if newest is not None else None
-    lines = history.newest_lines(run_dir / "metrics.jsonl", None if is_at_work else saved_step or 0)
+    lines = history.newest_lines(run_dir / "metrics.jsonl", None if is_at_work else saved_step)
     metrics = {line["kind"]: line for line in lines}
     progress: dict[str, Any] = dict(newest.progress) if newest is not None else {}
     last = max(metrics.values(), key=lambda line: int(line["step"]), default=progress)
