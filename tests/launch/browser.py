@@ -7,13 +7,14 @@ import json
 import os
 import select
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 Tree = dict[str, Any]
 
@@ -132,8 +133,7 @@ def page() -> Iterator[Page]:
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                start_new_session=True,
-                env={**os.environ, "HOME": folder},
+                env={**os.environ, "HOME": folder, "TMPDIR": folder},
             )
         os.close(for_it)
         os.close(from_it)
@@ -142,6 +142,11 @@ def page() -> Iterator[Page]:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    for each in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait(30)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive, alive
