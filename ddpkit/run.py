@@ -88,6 +88,25 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class _Line:
+    """A line of training that is due when the means of its values are there.
+
+    Attributes:
+        step_s: the time a step since the line before.
+        steps: how many that were.
+        samples_per_s: over all ranks.
+        phases: what of the values is a part of a step's time, by name.
+        of_itself: what each rank has told of itself, by name.
+    """
+
+    step_s: float
+    steps: int
+    samples_per_s: float
+    phases: tuple[str, ...]
+    of_itself: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Attempt:
     """Which start of the run this is, who started it, and the config it goes by."""
 
@@ -145,6 +164,7 @@ class Run:
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
         self._means = RankMeans(rt.ranks, rt.device)
+        self._line: _Line | None = None  # whose means are under way
         self._tried_at = time.monotonic()
         self._save_is_due = False
         self._in_epochs = False
@@ -207,6 +227,9 @@ class Run:
     ) -> None:
         if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
             self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
+        else:
+            self._write_line()
+        self._means.close()
         if self._loader is not None:
             self._loader.on_fetch = None
         self._stack.__exit__(kind, error, trace)
@@ -352,6 +375,7 @@ class Run:
 
         ``weight`` is what this rank's values count for in their means; by default the samples of its last pass.
         """
+        self._write_line()
         self.progress.step += 1
         self.progress.skipped = 0
         self._note_samples()
@@ -382,6 +406,7 @@ class Run:
         """The first half of `skip`: count it, or end the run."""
         if self.progress.skipped >= at_most:
             self._end_before_step(fault)
+        self._write_line()
         self.progress.skipped += 1
         self._note_samples()
         self._rt.heartbeat.beat()
@@ -418,6 +443,7 @@ class Run:
 
         After the last epoch of the run a stop comes too late to matter: all that is left is `finish`.
         """
+        self._write_line()
         self._callbacks.tell("on_epoch_end", self)
         self._agree_on_end(self._rt.ranks.exchange("end of an epoch", self._asks_to_end))
         self._in_epochs = False
@@ -437,6 +463,7 @@ class Run:
         Raises:
             UserError: a value that selection goes by is missing.
         """
+        self._write_line()
         self.progress.evaluated = self.progress.step
         # Whoever does not say how long it took has done nothing else since the clock was looked at last.
         self._ledger.away(EVALUATION, clock.get("eval_s", time.perf_counter() - self._clock.now))
@@ -575,21 +602,28 @@ class Run:
         measured = phases | self._gauges.read(self.progress.step)
         own |= {f"{_TIME}{name}": value for name, value in measured.items()}
         of_itself = self._times_of_its_own(phases, measured) if self._tells_of_ranks else {}
-        asks = late and self._rt.is_main
-        means, save_now, told = self._means.of(own, weight, asks, list(of_itself.values()))
-        self._save_is_due |= save_now
-        clock = {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
+        self._means.begin(own, weight, late and self._rt.is_main, list(of_itself.values()))
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
         elapsed, steps = now - self._logged[0], step - self._logged[1]
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
-        step_s = elapsed / max(steps, 1)
-        self._ledger.stepped(step, step_s, steps, {name: clock[name] for name in phases if name in clock})
-        by_rank = {
-            name: [round(each, 6) for each in times]
-            for name, times in zip(of_itself, zip(*told, strict=True), strict=True)
-        }
-        self._write("train", means, {"step_s": step_s, "samples_per_s": rate} | clock, by_rank)
+        self._line = _Line(elapsed / max(steps, 1), steps, rate, tuple(phases), tuple(of_itself))
+        if self._rt.world_size == 1:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        """Write the line of the step that was recorded last, before anything that comes after it. Collective."""
+        if self._line is None:
+            return
+        line, self._line = self._line, None
+        means, save_now, told = self._means.end()
+        self._save_is_due |= save_now
+        clock = {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
+        phases = {name: clock[name] for name in line.phases if name in clock}
+        self._ledger.stepped(self.progress.step, line.step_s, line.steps, phases)
+        by_rank = dict(zip(line.of_itself, zip(*told, strict=True), strict=True))
+        rounded = {name: [round(seconds, 6) for seconds in times] for name, times in by_rank.items()}
+        self._write("train", means, {"step_s": line.step_s, "samples_per_s": line.samples_per_s} | clock, rounded)
 
     @property
     def _tells_of_ranks(self) -> bool:
@@ -604,6 +638,7 @@ class Run:
         return {"step_s": sum(phases.values())} | {name: measured.get(name, 0.0) for name in names}
 
     def _save(self, must: bool = False) -> None:
+        self._write_line()
         self._save_is_due = False
         self._tried_at = began = time.monotonic()
         with self._rt.heartbeat.during("saving"):
