@@ -379,7 +379,9 @@ def _ranks(recording: Recording) -> str:
         return ""
     parts = [name for name in _WAITS if any(each.high > 0 for each in recording.by_rank.get(name, {}).values())]
     longest = max(spread.mean for spread in steps.values()) or 1.0
-    shown = sorted(sorted(steps, key=lambda rank: -steps[rank].mean)[:_ROWS])
+    exchanges = recording.by_rank.get("communication_s", {})
+    waits = {rank: exchanges[rank].mean if rank in exchanges else 0.0 for rank in steps}
+    shown = sorted(sorted(steps, key=lambda rank: waits[rank] - steps[rank].mean)[:_ROWS])
     heads = "".join(f"<th>{text(words)}</th>" for words in ("rank", "seconds a step", "mean", "from, to"))
     heads += "".join(f"<th>{text(_WAITS[name])}</th>" for name in parts)
     rows = "".join(_rank(rank, recording.by_rank, parts, longest) for rank in shown)
@@ -387,7 +389,7 @@ def _ranks(recording: Recording) -> str:
         f'<span class="key"><i class="{kind}"></i>{text(words)}</span>'
         for kind, words in (("work", "the rest of the step"), *((name, _WAITS[name]) for name in parts))
     )
-    left = f"The {_ROWS} slowest of {len(steps)} ranks. " if len(steps) > _ROWS else ""
+    left = f"Of {len(steps)} ranks the {_ROWS} that wait least for the others. " if len(steps) > _ROWS else ""
     return _section(
         "Ranks",
         f'<table class="rows"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'

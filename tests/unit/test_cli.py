@@ -138,6 +138,8 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
         (("launch", "--"), "nothing to launch"),
         (("eval", "empty"), "config.yaml"),
         (("status", "empty"), "empty"),
+        (("report", "empty", "-o", "report.html"), "empty"),
+        (("report", "empty", "-o", "none/report.html"), "there is no directory"),
         (("verify", "empty"), "empty"),
         (("verify", "none"), "none"),
     ]

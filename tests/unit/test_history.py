@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from ddpkit.errors import UserError
 from launch import accounting, history, telling
 from launch.status import Status, read_status, to_json
 from tests.histories import START, History
+from tests.launch.shell import ROOT
 
 
 def checkpoint(run_dir: Path, step: int, **progress: Any) -> None:
@@ -215,6 +219,28 @@ def test_many_attempts_are_counted_and_the_newest_shown(tmp_path: Path) -> None:
     text = telling.describe(read_status(made.write()))
     assert "40 attempts, 40 of them queued again by Slurm; the newest:" in text
     assert text.count("\nattempt ") == 10 and "attempt 39:" in text
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    """``ddpkit status RUN_DIR --json | head``, of more than a pipe holds."""
+    made = History(tmp_path)
+    for number in range(300):
+        made.attempt(number, number, number + 1, how="x" * 500, exit_code=0)
+    made.write()
+    command = [sys.executable, "-m", "ddpkit", "status", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"{\n"
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_the_page_names_every_key(tmp_path: Path) -> None:
+    table = (ROOT / "docs/watching.md").read_text().partition("| key |")[2].partition("## Goodput")[0]
+    keys = {
+        key for row in table.splitlines() for key in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+    }
+    assert keys | {"run_dir", "ended_early"} == set(Status.__dataclass_fields__)
 
 
 def test_a_pace_of_one_line_and_of_none() -> None:
