@@ -53,10 +53,10 @@ def _where(status: Status) -> Iterator[str]:
     total = status.total_steps
     end = f" of {total}" if total is not None else ""
     epochs = f" of {status.epochs}" if status.epochs is not None and status.max_steps is None else ""
-    waits = f" (Slurm job {status.job})" if status.job is not None else ""
+    waits = f", waits for Slurm job {status.job}" if status.job is not None else ""
     yield (
-        f"{status.run_dir}: {status.state}{waits}, step {status.step}{end}, epoch {status.epoch}{epochs}, "
-        f"{status.samples} samples"
+        f"{status.run_dir}: {status.state}, step {status.step}{end}, epoch {status.epoch}{epochs}, "
+        f"{status.samples} samples{waits}"
     )
     if status.ended_early is not None:
         yield f"ended early: {status.ended_early}"
