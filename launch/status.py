@@ -110,7 +110,7 @@ def read_status(run_dir: Path) -> Status:
     attempts = history.attempts(files, told)
     saved_step = newest.step if newest is not None else None
     lines = history.newest_lines(run_dir / "metrics.jsonl", None if is_at_work else saved_step)
-    metrics = {line["kind"]: line for line in lines}
+    metrics = dict(sorted({line["kind"]: line for line in lines}.items(), reverse=True))  # what was trained first
     progress: dict[str, Any] = dict(newest.progress) if newest is not None else {}
     last = max(metrics.values(), key=lambda line: int(line["step"]), default=progress)
     recorded_at = lines[-1]["time"].get("unix") if lines else None

@@ -108,7 +108,10 @@ def test_queued_again_it_waits_and_the_wait_counts(past: History, monkeypatch: p
     assert (status.state, status.job) == ("queued again", "17")
     assert parts(status) == [15.0, 1.5, 0.5, 6.0, 110.0, 7.0]
     text = telling.describe(status)
-    assert ": queued again, step 100 of 1000, epoch 1, 3200 samples, waits for Slurm job 17\n" in text and "queued again (preempted)" in text
+    assert (
+        ": queued again, step 100 of 1000, epoch 1, 3200 samples, waits for Slurm job 17\n" in text
+        and "queued again (preempted)" in text
+    )
     assert "to the end" not in text  # nobody knows how long it waits
 
 

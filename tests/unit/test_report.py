@@ -139,6 +139,22 @@ def test_scales_have_round_numbers(low: float, high: float, expected: list[float
     assert drawing.nice_steps(low, high, 5) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("value", "digits", "words"),
+    [
+        (4503.4, 3, "4503"),
+        (0.00012345, 3, "0.000123"),
+        (12345, 4, "12.35k"),
+        (64_000, 4, "64k"),
+        (-2.5e6, 4, "-2.5M"),
+        (1e17, 4, "1e+17"),
+        (math.nan, 4, "nan"),
+    ],
+)
+def test_numbers_are_short(value: float, digits: int, words: str) -> None:
+    assert drawing.number(value, digits) == words
+
+
 def test_numbers_that_are_close_are_told_apart(tmp_path: Path) -> None:
     curve = Curve(1)
     curve.add(0, 1.00001)
