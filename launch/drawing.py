@@ -26,8 +26,8 @@ def text(value: object) -> str:
 
 def number(value: float, digits: int = 4) -> str:
     """Short: "0.01234", "12.3k", "4.5M"."""
-    if abs(value) < 1e4 or abs(value) >= 1e15:
-        whole = 4 if abs(value) < 1e4 and abs(value) >= 100 else 1  # no power of ten where all digits have room
+    if not 1e4 <= abs(value) < 1e15:
+        whole = 4 if 100 <= abs(value) < 1e4 else 1  # no power of ten where all digits have room
         return f"{value:.{max(digits, whole)}g}"
     size, unit = next(each for each in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if abs(value) >= each[0])
     return f"{value / size:.{digits}g}{unit}"
