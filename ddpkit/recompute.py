@@ -17,7 +17,8 @@ def recompute_activations(module: nn.Module, patterns: Sequence[str], key: str =
     """Have parts of a model keep their inputs only, and compute the rest again when its gradient is due; in place.
 
     The gradients are the same bits: dropout draws the same numbers again, and running statistics are not updated a
-    second time. Names and classes of the parts stay, so checkpoints do.
+    second time. Names and classes of the parts stay, so checkpoints do. Under `torch.compile` parts have to be without
+    buffers, as a transformer's blocks are.
 
     Args:
         module: the model, before it is wrapped.
@@ -29,7 +30,8 @@ def recompute_activations(module: nn.Module, patterns: Sequence[str], key: str =
     """
     for _, part in list(chosen(module, patterns, key)):
         # Partial objects and bound methods, of which a deep copy of the module gets its own; a closure would not be.
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False, context_fn=partial(_contexts, part))
+        kept = {"context_fn": partial(_contexts, part)} if list(part.buffers()) else {}  # torch.compile takes none
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False, **kept)
     return module
 
 
