@@ -24,9 +24,9 @@ def eval_step(model: nn.Module, batch: list[Tensor]) -> dict[str, Tensor]:
 
 with ddpkit.runtime(seed=0) as rt:  # the process group, if there are ranks
     model = rt.wrap(nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)))
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    loader = rt.loader(spirals(2048, seed=1), global_batch_size=64)  # 64 over all ranks, however many there are
-    run = rt.resume("runs/minimal", every_steps=50, model=model, optimizer=optimizer, loader=loader)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    loader = rt.loader(spirals(2048, seed=1), global_batch_size=128)  # 128 over all ranks, however many there are
+    run = rt.resume("runs/minimal", every_steps=20, model=model, optimizer=optimizer, loader=loader)
     for epoch in run.epochs(8):  # goes on where the run stands
         for points, labels in loader:
             loss = nn.functional.cross_entropy(model(points), labels)

@@ -20,7 +20,8 @@ SEGMENTATION = ("data.train.args.count=128", "data.eval.args.count=21", "model.a
 SEGMENTATION += ("scheduler.args.total_iters=32", "checkpoint.every_steps=7", "launch.timeout_s=60")
 LANGUAGE_MODEL = ("model.args={width: 32, depth: 2, heads: 2, context: 32}", "train.max_steps=40")
 LANGUAGE_MODEL += tuple(f"data.{part}.args={{context: 32, megabytes: 0.1}}" for part in ("train", "eval"))
-LANGUAGE_MODEL += ("train.eval_every.steps=20", "checkpoint.every_steps=7", "scheduler.args.total_steps=40")
+LANGUAGE_MODEL += ("scheduler.args={max_lr: 0.03, total_steps: 40, pct_start: 0.1}", "train.eval_every.steps=8")
+LANGUAGE_MODEL += ("checkpoint.every_steps=7", "launch.timeout_s=60")
 FINETUNE = ("train.epochs=20", "train.callbacks.0.args.epoch=5", "checkpoint.every_steps=30")
 
 
@@ -47,12 +48,13 @@ def test_minimal(tmp_path: Path) -> None:
     assert told is not None
     right = [float(each) for each in re.findall(r"epoch \d+: ([\d.]+)% right", told)]
     assert len(right) == 8 and right[-1] >= 97 > right[0]
-    assert script(path, 2, killed, killed_in_save(tmp_path / "faults", 150)) is None
+    assert script(path, 2, killed, killed_in_save(tmp_path / "faults", 80)) is None
     rest = script(path, 2, killed, {"TOY_FAULTS": str(tmp_path / "faults")})
     assert rest is not None and told.endswith(rest) and rest.startswith("epoch 3")
     assert_same_end(killed / "runs/minimal", whole / "runs/minimal")
 
 
+@pytest.mark.slow
 def test_segmentation(tmp_path: Path) -> None:
     def make(name: str) -> Tree:
         return tree("segmentation", tmp_path / name, *SEGMENTATION)
@@ -60,7 +62,7 @@ def test_segmentation(tmp_path: Path) -> None:
     killed, whole = killed_and_whole(make, at=21)
     assert_same_end(killed, whole)
     found = evaluations(whole, "iou/mean")
-    assert found[-1] > 0.45 > found[0]
+    assert found[-1] > 0.5 > found[0]
 
 
 @pytest.mark.slow
@@ -71,7 +73,7 @@ def test_segmentation_in_fp16_goes_on_on_three_ranks(tmp_path: Path) -> None:
         return tree("segmentation", tmp_path / name, *SEGMENTATION, "train.precision=fp16")
 
     killed, whole = killed_and_whole(make, at=21, ranks=(2, 3))
-    assert evaluations(killed, "iou/mean")[-1] > 0.45
+    assert evaluations(killed, "iou/mean")[-1] > 0.5
     clocks = [[(line["kind"], line["step"], line["samples"]) for line in metrics(each)] for each in (killed, whole)]
     assert clocks[0] == clocks[1]
 
@@ -104,8 +106,9 @@ def test_finetune(tmp_path: Path) -> None:
     assert found[-1] > 0.85 > found[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("spread", [(), ("model.parallel=fsdp2",)], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "spread", [(), pytest.param(("model.parallel=fsdp2",), marks=pytest.mark.slow)], ids=["ddp", "fsdp2"]
+)
 def test_language_model(tmp_path: Path, spread: tuple[str, ...]) -> None:
     def make(name: str) -> Tree:
         return tree("language_model", tmp_path / name, *LANGUAGE_MODEL, *spread)
@@ -113,7 +116,7 @@ def test_language_model(tmp_path: Path, spread: tuple[str, ...]) -> None:
     killed, whole = killed_and_whole(make, at=28)
     assert_same_end(killed, whole)
     found = evaluations(whole, "bits_per_byte")
-    assert found[-1] < 4.8 < found[0] < 8
+    assert found[-1] < 4.6 < 4.8 < found[0] < 8
 
 
 @pytest.mark.slow
