@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,8 +31,9 @@ def recompute_activations(module: nn.Module, patterns: Sequence[str], key: str =
     """
     for _, part in list(chosen(module, patterns, key)):
         # Partial objects and bound methods, of which a deep copy of the module gets its own; a closure would not be.
-        kept = {"context_fn": partial(_contexts, part)} if list(part.buffers()) else {}  # torch.compile takes none
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False, **kept)
+        # What torch.compile does not take, only where it is needed.
+        extra: dict[str, Any] = {"context_fn": partial(_contexts, part)} if list(part.buffers()) else {}
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False, **extra)
     return module
 
 

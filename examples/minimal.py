@@ -1,4 +1,4 @@
-"""A whole training loop of one's own: `python examples/minimal.py`, `ddpkit launch examples/minimal.py`, torchrun, srun."""
+"""A whole training loop of one's own: `ddpkit launch examples/minimal.py`, or python, torchrun, srun."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The same with ddpkit: `ddpkit launch --nproc-per-node 2 examples/before_after/after.py`, or torchrun, srun, python."""
+"""The same with ddpkit: `ddpkit launch --nproc-per-node 2 examples/before_after/after.py`, or torchrun, srun."""
 
 import torch
 from torch import nn

@@ -45,7 +45,7 @@ def pretrain(path: Path, epochs: int = 5) -> None:
     net = RotationNet()
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for epoch in range(epochs):
-        for batch in images[torch.randperm(len(images))].split(64):
+        for batch in torch.split(images[torch.randperm(len(images))], 64):
             turns = torch.randint(4, (len(batch),))
             turned = torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(batch, turns, strict=True)])
             loss = F.cross_entropy(net(turned), turns)

@@ -50,10 +50,12 @@ class Block(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         state = state + self.attention_out(self.attended(self.attention_norm(state)))
-        return state + self.layers(state)
+        state = state + self.layers(state)
+        return state
 
     def attended(self, state: Tensor) -> Tensor:
         """What each place takes from those before it."""
         split = self.attention_in(state).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = split  # each (batch, heads, time, width / heads)
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+        taken: Tensor = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
+        return taken

@@ -31,7 +31,7 @@ class Scenes(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image, labels = drawn(torch.Generator().manual_seed(self.seeds[index]))
-        if self.flips and torch.rand(()) < 0.5:  # torch's generator is seeded for each sample: a resumed run draws it too
+        if self.flips and torch.rand(()) < 0.5:  # ddpkit seeds torch's generator for each sample
             image, labels = image.flip(-1), labels.flip(-1)
         return image, labels
 

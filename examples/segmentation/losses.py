@@ -1,4 +1,4 @@
-"""Three losses for images that are mostly background, each a mean over images, so that any split over ranks gives it."""
+"""Three losses for images that are mostly background, each a mean over images: the same on any number of ranks."""
 
 from __future__ import annotations
 

@@ -16,12 +16,16 @@ from examples.finetune.pretrain import pretrain
 from tests.examples.starting import EXAMPLES, killed_in_save, script, tree
 from tests.resume.runs import Tree, assert_same_end, events, metrics, start, to_the_end
 
-SEGMENTATION = ("data.train.args.count=128", "data.eval.args.count=21", "model.args.width=8", "train.epochs=4")
-SEGMENTATION += ("scheduler.args.total_iters=32", "checkpoint.every_steps=7", "launch.timeout_s=60")
-LANGUAGE_MODEL = ("model.args={width: 32, depth: 2, heads: 2, context: 32}", "train.max_steps=40")
-LANGUAGE_MODEL += tuple(f"data.{part}.args={{context: 32, megabytes: 0.1}}" for part in ("train", "eval"))
-LANGUAGE_MODEL += ("scheduler.args={max_lr: 0.03, total_steps: 40, pct_start: 0.1}", "train.eval_every.steps=8")
-LANGUAGE_MODEL += ("checkpoint.every_steps=7", "launch.timeout_s=60")
+SEGMENTATION = (
+    *("data.train.args.count=128", "data.eval.args.count=21", "model.args.width=8"),
+    *("train.epochs=4", "scheduler.args.total_iters=32", "checkpoint.every_steps=7", "launch.timeout_s=60"),
+)
+LANGUAGE_MODEL = (
+    "model.args={width: 32, depth: 2, heads: 2, context: 32}",
+    *(f"data.{part}.args={{context: 32, megabytes: 0.1}}" for part in ("train", "eval")),
+    *("train.max_steps=40", "train.eval_every.steps=8", "checkpoint.every_steps=7", "launch.timeout_s=60"),
+    "scheduler.args={max_lr: 0.03, total_steps: 40, pct_start: 0.1}",
+)
 FINETUNE = ("train.epochs=20", "train.callbacks.0.args.epoch=5", "checkpoint.every_steps=30")
 
 

@@ -1,4 +1,4 @@
-"""Every example under every launcher, as a reader starts it; those for Slurm as dry runs (tests/slurm has a cluster)."""
+"""Every example under every launcher, as a reader starts it; those for Slurm as dry runs. tests/slurm has a cluster."""
 
 from __future__ import annotations
 

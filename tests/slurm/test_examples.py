@@ -47,8 +47,13 @@ def test_the_examples_for_slurm(cluster: Cluster) -> None:
     step = ("-o", f"train.step={__name__}:paced_step")
     job = int(run("ddpkit", "run", "examples/slurm/preemptible.yaml", *SHORT, *step))
     run_dir = cwd / "runs/preemptible"
-    cluster.wait_until(lambda: (run_dir / "events.jsonl").exists() and events(run_dir, "started"), "the run starts", 120)
-    cluster.submit("#!/bin/sh\nexit 0\n", "--partition=high", "--nodes=4", "--exclusive")
+
+    def has_started() -> bool:
+        return (run_dir / "events.jsonl").exists() and events(run_dir, "started") != []
+
+    cluster.wait_until(has_started, "the run starts", 120)
+    other = cluster.submit("#!/bin/sh\nexit 0\n", "--partition=high", "--nodes=4", "--exclusive")
+    cluster.wait_for(other, "COMPLETED", timeout=120)
     cluster.wait_for_restart(job, timeout=120)
     ended = wait_for_end(cluster, job, timeout=120)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), ended.output.read_text()
