@@ -16,6 +16,8 @@ from examples.finetune.pretrain import pretrain
 from tests.examples.starting import EXAMPLES, killed_in_save, script, tree
 from tests.resume.runs import Tree, assert_same_end, events, metrics, start, to_the_end
 
+pytestmark = pytest.mark.timeout(300)
+
 SEGMENTATION = (
     *("data.train.args.count=128", "data.eval.args.count=21", "model.args.width=8"),
     *("train.epochs=4", "scheduler.args.total_iters=32", "checkpoint.every_steps=7", "launch.timeout_s=60"),
@@ -56,6 +58,17 @@ def test_minimal(tmp_path: Path) -> None:
     rest = script(path, 2, killed, {"TOY_FAULTS": str(tmp_path / "faults")})
     assert rest is not None and told.endswith(rest) and rest.startswith("epoch 3")
     assert_same_end(killed / "runs/minimal", whole / "runs/minimal")
+
+
+@pytest.mark.slow
+def test_digits(tmp_path: Path) -> None:
+    def make(name: str) -> Tree:
+        return tree("digits", tmp_path / name, "train.epochs=3", "checkpoint.every_steps=15")
+
+    killed, whole = killed_and_whole(make, at=45)
+    assert_same_end(killed, whole)
+    found = evaluations(whole, "accuracy")
+    assert found[-1] > 0.9 > found[0]
 
 
 @pytest.mark.slow
