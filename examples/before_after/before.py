@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,8 @@ def train(rank: int, world_size: int) -> None:
             optimizer.step()
         if rank == 0:
             print(f"epoch {epoch}: loss {loss.item():.6f}")
-            torch.save(model.module.state_dict(), "model.pt")  # killed here, it is half a file
+            Path("runs").mkdir(exist_ok=True)
+            torch.save(model.module.state_dict(), "runs/signals.pt")  # killed here, it is half a file
 
     dist.destroy_process_group()
 
