@@ -35,7 +35,7 @@ def script(path: Path, ranks: int, cwd: Path, env: dict[str, str] | None = None)
     """Run a script as a launcher would, in a directory; what rank zero printed, or None if a rank was killed."""
     cwd.mkdir(exist_ok=True)
     try:
-        return run_ranks(_as_main, ranks, path, cwd, env or {})[0]
+        return run_ranks(_as_main, ranks, path, cwd, env or {}, timeout_s=110)[0]
     except (RankDied, RankFailed):
         return None
 

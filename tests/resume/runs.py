@@ -88,7 +88,7 @@ def start(config: Tree, ranks: int, env: dict[str, str] | None = None, attempt: 
     With ``errors`` ddpkit's own errors count as ends too, the same on every rank; otherwise they are raised.
     """
     try:
-        ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors)
+        ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors, timeout_s=110)
     except (RankDied, RankFailed, ConnectionError):
         return "killed"
     except RuntimeError as error:
