@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -49,6 +50,16 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside; a module that was not wrapped is returned as it is."""
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def digest(module: nn.Module) -> str:
+    """What its parameters and buffers are, bit by bit, in a few characters."""
+    found = xxhash.xxh3_128()
+    for tensor in chain(module.parameters(), module.buffers()):
+        if not is_lazy(tensor):
+            # As bytes: not every type of torch's has a counterpart in numpy.
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def is_sharded(model: nn.Module) -> bool:
