@@ -4,16 +4,32 @@ Not by an exchange over the store: that goes through rank zero, takes a millisec
 questions on ten thousand. But an all-reduce needs the same names on every rank, and would hang or add up apples and
 pears if one rank reported others. So the names are agreed on over the store, once; each all-reduce tells along with the
 values whether they still hold for everybody, and where they do not, they are agreed on anew.
+
+Nobody waits for it: it is begun at one step and looked at when the next one is done. A rank that waited would wait for
+the slowest one (1 ms, beside a step of 4 ms on two cores).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ddpkit.agree import Ranks
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """An all-reduce under way, and what it was made of."""
+
+    own: Mapping[str, float]
+    weight: float
+    asks: bool
+    flat: torch.Tensor
+    work: Any
 
 
 class RankMeans:
@@ -31,9 +47,10 @@ class RankMeans:
         self._ranks = ranks
         self._device = device
         self._names: list[str] = []
+        self._sum: _Sum | None = None
 
-    def of(self, values: Mapping[str, float], weight: float, asks: bool) -> tuple[dict[str, float], bool]:
-        """The means, and whether any rank ``asks`` (for a save, say), the same on all ranks. Collective.
+    def begin(self, values: Mapping[str, float], weight: float, asks: bool) -> None:
+        """Set out for the means, and whether any rank ``asks`` (for a save, say). Collective; waits for nobody.
 
         Args:
             values: this rank's, by name; the mean of one that not all ranks report is of those which do.
@@ -41,25 +58,40 @@ class RankMeans:
             asks: a question that travels along.
         """
         own = values if weight else {}  # the values of a rank that has nothing to report are NaN
-        differs, asked, sums = self._summed(own, weight, asks)
+        self._sum = self._summing(own, weight, asks)
+
+    def end(self) -> tuple[dict[str, float], bool]:
+        """What came of it: the means, and whether any rank asked, the same on all ranks. Collective."""
+        assert self._sum is not None  # begun
+        own, weight, asks = self._sum.own, self._sum.weight, self._sum.asks
+        differs, asked, sums = self._summed()
         if differs:
             told = self._ranks.exchange("names of what is recorded", list(own))
             self._names = sorted({name for names in told for name in names})
-            _, asked, sums = self._summed(own, weight, asks)
+            self._sum = self._summing(own, weight, asks)
+            _, asked, sums = self._summed()
         means = {name: total / counted for name, (total, counted) in sums.items() if counted}
         return {name: means[name] for name in (*own, *means) if name in means}, asked
 
-    def _summed(
-        self, own: Mapping[str, float], weight: float, asks: bool
-    ) -> tuple[bool, bool, dict[str, tuple[float, float]]]:
-        """Whether the names differ from those agreed on, whether anybody asks, each name's sum and weight."""
+    def close(self) -> None:
+        """Forget what is under way: it holds the process group."""
+        self._sum = None
+
+    def _summing(self, own: Mapping[str, float], weight: float, asks: bool) -> _Sum:
         differs = bool(own) and own.keys() != set(self._names)
         flat = [float(differs), float(asks)]
         for name in self._names:
             flat += (weight * own[name], weight) if name in own else (0.0, 0.0)
-        if self._ranks.world_size > 1:
-            summed = torch.tensor(flat, dtype=torch.float64, device=self._device)
-            dist.all_reduce(summed)
-            flat = summed.tolist()
+        summed = torch.tensor(flat, dtype=torch.float64, device=self._device)
+        work = dist.all_reduce(summed, async_op=True) if self._ranks.world_size > 1 else None
+        return _Sum(own, weight, asks, summed, work)
+
+    def _summed(self) -> tuple[bool, bool, dict[str, tuple[float, float]]]:
+        """Whether the names differ from those agreed on, whether anybody asks, each name's sum and weight."""
+        done, self._sum = self._sum, None
+        assert done is not None
+        if done.work is not None:
+            done.work.wait()
+        flat = done.flat.tolist()
         pairs = zip(flat[2::2], flat[3::2], strict=True)
         return flat[0] > 0, flat[1] > 0, dict(zip(self._names, pairs, strict=True))

@@ -146,6 +146,7 @@ class Run:
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
         self._means = RankMeans(rt.ranks, rt.device)
+        self._line_clock: dict[str, float] | None = None  # of the line whose means are under way
         self._tried_at = time.monotonic()
         self._save_is_due = False
         self._loops = Loops(self._loader, _keeps_place(objects))
@@ -164,6 +165,7 @@ class Run:
 
     def __enter__(self) -> Run:
         ranks = self._rt.ranks
+        self._stack.callback(self._means.close)
         try:
             ranks.on_main("run_dir", self._take_directory)
             self._recorder = Recorder(self._run_dir, self._rt.is_main, self._attempt.number)
@@ -215,6 +217,8 @@ class Run:
             return
         if not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
             self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
+        else:
+            self._write_line()
         self._stack.__exit__(kind, error, trace)
 
     @property
@@ -367,6 +371,7 @@ class Run:
 
         ``weight`` is what this rank's values count for in their means; by default the samples of its last pass.
         """
+        self._write_line()
         self.progress.step += 1
         self.progress.skipped = 0
         self._note_samples()
@@ -398,6 +403,7 @@ class Run:
         """The first half of `skip`: count it, or end the run."""
         if self.progress.skipped >= at_most:
             self._end_before_step(fault)
+        self._write_line()
         self.progress.skipped += 1
         self._note_samples()
         self._rt.heartbeat.beat()
@@ -431,6 +437,7 @@ class Run:
 
         After the last epoch of the run a stop comes too late to matter: all that is left is `finish`.
         """
+        self._write_line()
         self._callbacks.tell("on_epoch_end", self)
         self._agree_on_end(self._rt.ranks.exchange("end of an epoch", self._asks_to_end))
         for loader in self._loaders:
@@ -450,6 +457,7 @@ class Run:
         Raises:
             UserError: a value that selection goes by is missing.
         """
+        self._write_line()
         self.progress.evaluated = self.progress.step
         self._write("eval", values, clock)
         self._callbacks.tell("on_evaluation_end", self, values)
@@ -555,6 +563,7 @@ class Run:
 
     def _end_with_script(self) -> None:
         """Keep what a script has done since the newest save, when it comes to its end by itself. Collective."""
+        self._write_line()
         if self._is_ended:
             return
         if not self._loops.is_in_epoch:
@@ -598,16 +607,27 @@ class Run:
         own = {name: _number(value) for name, value in values.items()}
         measured = self._clock.means() | self._gauges.read(self.progress.step)
         own |= {f"{_TIME}{name}": value for name, value in measured.items()}
-        means, save_now = self._means.of(own, weight, asks=late and self._rt.is_main)
-        self._save_is_due |= save_now
-        clock = {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
+        self._means.begin(own, weight, asks=late and self._rt.is_main)
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
         elapsed, steps = now - self._logged[0], step - self._logged[1]
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
-        self._write("train", means, {"step_s": elapsed / max(steps, 1), "samples_per_s": rate} | clock)
+        self._line_clock = {"step_s": elapsed / max(steps, 1), "samples_per_s": rate}
+        if self._rt.world_size == 1:
+            self._write_line()
+
+    def _write_line(self) -> None:
+        """Write the line of the step that was recorded last, before anything that comes after it. Collective."""
+        if self._line_clock is None:
+            return
+        clock, self._line_clock = self._line_clock, None
+        means, save_now = self._means.end()
+        self._save_is_due |= save_now
+        clock |= {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
+        self._write("train", means, clock)
 
     def _save(self, must: bool = False) -> None:
+        self._write_line()
         self._save_is_due = False
         self._tried_at = time.monotonic()
         try:

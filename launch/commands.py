@@ -18,8 +18,7 @@ from pathlib import Path
 from ddpkit import config as configs
 from ddpkit import factories, world
 from ddpkit.config import Config
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
-from ddpkit.yaml_files import nearest
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError, nearest
 
 from . import plan as plans
 from .job import Job
