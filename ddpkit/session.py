@@ -477,9 +477,14 @@ class Runtime:
             for name, module in modules.items()
             if not (module in self._wrapped or models.is_sharded(module))
         }
-        told = self.ranks.exchange("parameters of modules that are not wrapped", own)
-        for name in own:
-            odd = [rank for rank, each in enumerate(told) if each[name] != told[0][name]]
+
+        def differing(told: list[dict[str, str]]) -> dict[str, list[int]]:
+            return {
+                name: [rank for rank, each in enumerate(told) if each.get(name) != digest]
+                for name, digest in told[0].items()
+            }
+
+        for name, odd in self.ranks.conclude("parameters of modules that are not wrapped", own, differing).items():
             if odd:
                 raise UserError(
                     f"resume: {name} is not wrapped, and its parameters on ranks {odd} are not those of rank 0. Give "
