@@ -534,6 +534,7 @@ class Run:
 
     def given(self, loader: Loader) -> None:
         """A batch is given out."""
+        self._rt.heartbeat.beat()  # there may be many before the next poll
         if not self._is_fit:
             self._loops.given(loader)
 
@@ -592,6 +593,7 @@ class Run:
 
     def _tell_step(self) -> None:
         heartbeat = self._rt.heartbeat
+        heartbeat.beat()
         heartbeat.step = self.progress.step
         heartbeat.phase = "training"
         self._clock.updated()
