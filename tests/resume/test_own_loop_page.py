@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ddpkit.agree import RankFailed
+from ddpkit.session import Runtime
 from ddpkit.testing import RankDied, run_ranks
 from tests.resume import faults
 from tests.resume.faults import Fault, pending, plan
@@ -39,6 +40,10 @@ OFTEN = ("accumulation", "validation", "nested")
 def play(number: int, folder: Path, env: dict[str, str]) -> int:
     """Run a script of the page in a folder; how many layers it has called on this rank."""
     os.environ.update(env)
+    # Which saves are complete when it is killed must not depend on the machine. (This process ends with the test.)
+    defaults = Runtime.resume.__kwdefaults__
+    assert defaults is not None  # it has keywords
+    defaults["asynchronous"] = False
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     visits = faults.watch().visits["train"]
