@@ -118,7 +118,6 @@ class Loader:
         self.watch: Watch | None = None
         self._restored = False
         self._ended = False
-        self._passes = 0
         self._iteration: object | None = None
         self._is_left = False
         self._fetcher: Fetcher | None = None
@@ -161,12 +160,12 @@ class Loader:
 
     @property
     def done(self) -> int:
-        """Batches of the epoch under way that have been given out so far, on this rank; the same on all ranks.
+        """Batches of its epoch, on each rank, that a restart has found done already; 0 once an iteration has begun.
 
-        Before an iteration: at how manieth batch it will begin. That is 0 but for the first one after a restart.
+        At how manieth batch the iteration to come begins: ``enumerate(loader, loader.done)``.
         """
-        if self.is_open or not self._restored:
-            return self._passes if self.is_open else 0
+        if not self._restored:
+            return 0
         steps = self.position // self._global_batch_size
         return steps * passes_per_step(self._global_batch_size, self._micro_batch_size, self._world.world_size)
 
@@ -180,12 +179,13 @@ class Loader:
             self._restored = False
             self.end_epoch()
             return
-        began_at, self._passes, self._restored = self.done, self.done, False
+        began_at = passes = self.done
+        self._restored = False
         self._iteration = iteration = object()
         try:
             self._ask()
             for part, batch, is_last in self._looking_ahead():
-                self._passes += 1
+                passes += 1
                 self.current = part
                 if part.is_last:
                     self.consumed += part.batch_stop - self.position
@@ -204,7 +204,7 @@ class Loader:
         except GeneratorExit:
             if self._iteration is iteration:
                 if began_at and self._world.is_main:
-                    log.warning(_LEFT, self.epoch, self._passes, began_at)
+                    log.warning(_LEFT, self.epoch, passes, began_at)
                 self._close(is_left=True)
             raise
 
