@@ -120,6 +120,7 @@ class Loader:
         self._ended = False
         self._iteration: object | None = None
         self._is_left = False
+        self._was_asked = False
         self._fetcher: Fetcher | None = None
 
     def __len__(self) -> int:
@@ -164,8 +165,10 @@ class Loader:
 
         At how manieth batch the iteration to come begins: ``enumerate(loader, loader.done)``.
         """
-        if not self._restored:
-            return 0
+        self._was_asked = True  # a loop that knows need not be warned
+        return self._begins_at() if self._restored else 0
+
+    def _begins_at(self) -> int:
         steps = self.position // self._global_batch_size
         return steps * passes_per_step(self._global_batch_size, self._micro_batch_size, self._world.world_size)
 
@@ -179,7 +182,7 @@ class Loader:
             self._restored = False
             self.end_epoch()
             return
-        began_at = passes = self.done
+        began_at = passes = self._begins_at()
         self._restored = False
         self._iteration = iteration = object()
         try:
@@ -203,7 +206,7 @@ class Loader:
             self._close(is_left=False)
         except GeneratorExit:
             if self._iteration is iteration:
-                if began_at and self._world.is_main:
+                if began_at and not self._was_asked and self._world.is_main:
                     log.warning(_LEFT, self.epoch, passes, began_at)
                 self._close(is_left=True)
             raise
