@@ -93,6 +93,7 @@ class _Line:
     """A line of training that is due when the means of its values are there.
 
     Attributes:
+        unix: when its step was done.
         step_s: the time a step since the line before.
         steps: how many that were.
         samples_per_s: over all ranks.
@@ -100,6 +101,7 @@ class _Line:
         of_itself: what each rank has told of itself, by name.
     """
 
+    unix: float
     step_s: float
     steps: int
     samples_per_s: float
@@ -574,13 +576,11 @@ class Run:
         kind: str,
         values: Mapping[str, float],
         clock: Mapping[str, float],
-        by_rank: Mapping[str, list[float]] | None = None,
+        of_run: Mapping[str, Any] | None = None,
     ) -> None:
         place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
-        of_run: dict[str, Any] = {"by_rank": by_rank} if by_rank else {}
-        if self.total_steps is not None:
-            of_run["total_steps"] = self.total_steps
-        self._recorder.metrics(kind, place, values, of_run | {"spent": self._ledger.totals}, **clock)
+        length = {} if self.total_steps is None else {"total_steps": self.total_steps}
+        self._recorder.metrics(kind, place, values, {**(of_run or {}), **length, "spent": self._ledger.totals}, **clock)
         self._callbacks.tell("on_record", self, kind, values, clock)
 
     def _would_be_best(self, values: Mapping[str, float]) -> bool:
@@ -649,7 +649,7 @@ class Run:
         elapsed, steps = now - self._logged[0], step - self._logged[1]
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
-        self._line = _Line(elapsed / max(steps, 1), steps, rate, tuple(phases), tuple(of_itself))
+        self._line = _Line(time.time(), elapsed / max(steps, 1), steps, rate, tuple(phases), tuple(of_itself))
         if self._rt.world_size == 1:
             self._write_line()
 
@@ -665,7 +665,8 @@ class Run:
         self._ledger.stepped(self.progress.step, line.step_s, line.steps, phases)
         by_rank = dict(zip(line.of_itself, zip(*told, strict=True), strict=True))
         rounded = {name: [round(seconds, 6) for seconds in times] for name, times in by_rank.items()}
-        self._write("train", means, {"step_s": line.step_s, "samples_per_s": line.samples_per_s} | clock, rounded)
+        of_run: dict[str, Any] = {"unix": round(line.unix, 3)} | ({"by_rank": rounded} if rounded else {})
+        self._write("train", means, {"step_s": line.step_s, "samples_per_s": line.samples_per_s} | clock, of_run)
 
     @property
     def _tells_of_ranks(self) -> bool:
