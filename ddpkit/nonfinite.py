@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 from ddpkit.agree import Ranks
 from ddpkit.checkpoint.shards import is_spread
 from ddpkit.generators import HostGenerators
-from ddpkit.model import is_sharded, reshard, unsynced, unwrap
+from ddpkit.model import is_unit, reshard, unsynced, unwrap
 from ddpkit.optimizing import are_finite
 from ddpkit.sampler import Pass
 
@@ -77,7 +78,6 @@ class Watch:
         self._ranks = ranks
         self._model = model
         self._module = unwrap(model)
-        self._is_sharded = is_sharded(model)
         self._buffers = _Buffers(self._module)
         self._generators = _Generators(device)
         self._passes: list[_Seen] = []
@@ -145,12 +145,14 @@ class Watch:
         return found
 
     def _run_again(self, function: Callable[[nn.Module, Any], Any], seen: _Seen, name: str) -> Finding | None:
-        named = {name: value for name, value in self._module.named_parameters() if value.requires_grad}
-        if self._is_sharded:  # FSDP2 has no gradients but those that it takes for a step's
-            named = {}
-        with unsynced(self._model), first_source(self._module) as source, torch.compiler.set_stance("force_eager"):
+        with (
+            unsynced(self._model),
+            _parameters_in_use(self._module) as named,
+            first_source(self._module) as source,
+            torch.compiler.set_stance("force_eager"),
+        ):
             loss = function(self._model, seen.batch)
-            # Not by backward(), which would have DDP take the gradients for those of a step.
+            # Not by backward(), which would have DDP and FSDP2 take the gradients for those of a step.
             given = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if named else []
         reshard(self._model)
         bad = [name for name, value in zip(named, given, strict=True) if value is not None and not are_finite([value])]
@@ -258,6 +260,30 @@ def first_source(module: nn.Module) -> Iterator[Source]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _parameters_in_use(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What gradients can be asked for, by name; FSDP2's come in as forward passes in the block gather them."""
+    found: dict[str, Tensor] = {}
+
+    def note(path: str, part: nn.Module) -> None:
+        for name, value in part.named_parameters(prefix=path):
+            if value.requires_grad and not is_spread(value):
+                found[name] = value
+
+    note("", module)
+    units = [(path, part) for path, part in module.named_modules() if is_unit(part)]
+    handles = [part.register_forward_pre_hook(partial(_noted, note, path)) for path, part in units]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _noted(note: Callable[[str, nn.Module], None], path: str, part: nn.Module, args: Any) -> None:
+    note(path, part)
 
 
 @dataclass
