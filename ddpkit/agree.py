@@ -93,32 +93,44 @@ class Ranks:
             RankFailed: another rank has said that it failed, or this one is leaving.
             RanksMissing: ranks did not come within ``timeout_s``.
         """
+        values: list[Any] = self.conclude(name, value, lambda values: values, timeout_s)
+        return values
+
+    def conclude(
+        self, name: str, value: Any, conclusion: Callable[[list[Any]], Any], timeout_s: float | None = None
+    ) -> Any:
+        """Give rank zero a JSON value, and get what it concludes from all of them; as `exchange`. Collective.
+
+        What reaches each rank is as long as the conclusion, and not as long as there are ranks.
+
+        Args:
+            conclusion: called on rank zero, with the values by rank; it must not raise.
+        """
         if self.world_size == 1:
-            return [json.loads(json.dumps(value))]  # a tuple becomes a list here too, as on more ranks
+            return json.loads(json.dumps(conclusion([json.loads(json.dumps(value))])))  # tuples become lists here too
         use = self._uses[name]
         self._uses[name] += 1
         place = f"{name}/{use}"
         own = f"{place}/{self.rank}"
         self._store.set(own, json.dumps(value))
-        # Rank zero reads everyone's and publishes the list: a few store operations a rank, however many ranks there
-        # are, not one for each pair; what grows with them is the size of one question and of two answers.
+        # Rank zero reads everyone's and publishes what follows: a few store operations a rank, however many ranks there
+        # are, not one for each pair; what grows with them is the size of one question and of its answer.
         if self.rank == 0:
             keys = [f"{place}/{rank}" for rank in range(self.world_size)]
             self._await(keys, name, place, timeout_s)
-            gathered = "[" + ",".join(value.decode() for value in self._store.multi_get(keys)) + "]"
-            self._store.set(f"{place}/all", gathered)
+            concluded = json.dumps(conclusion([json.loads(value) for value in self._store.multi_get(keys)]))
+            self._store.set(f"{place}/all", concluded)
             if use:  # all are here, so all have read what was published before
                 self._store.delete_key(f"{name}/{use - 1}/all")
         else:
             self._await([f"{place}/all"], name, place, timeout_s)
-            gathered = self._store.get(f"{place}/all").decode()
+            concluded = self._store.get(f"{place}/all").decode()
         self._store.delete_key(own)  # rank zero has read it
-        values: list[Any] = json.loads(gathered)
-        return values
+        return json.loads(concluded)
 
     def decide(self, name: str, value: Any = None) -> Any:
         """Rank zero's value, on every rank; what the others pass is not looked at. Collective."""
-        return self.exchange(name, value if self.rank == 0 else None)[0]
+        return self.conclude(name, value if self.rank == 0 else None, lambda values: values[0])
 
     def on_main(self, name: str, action: Callable[[], Any]) -> None:
         """Rank zero acts; if one of our own errors comes of it, all ranks raise it. Collective."""
@@ -140,7 +152,7 @@ class Ranks:
             RanksMissing: after ``timeout_s`` seconds, naming the ranks that did not come.
             RankFailed: another rank has said that it failed.
         """
-        self.exchange(f"barrier {name}", None, timeout_s)
+        self.conclude(f"barrier {name}", None, lambda _: None, timeout_s)
 
     @contextmanager
     def main_first(self, scope: str = "global") -> Iterator[None]:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from ddpkit.errors import DdpkitError, UserError
-from ddpkit.yaml_files import nearest
+from ddpkit.errors import DdpkitError, UserError, nearest
 
 if TYPE_CHECKING:
     from ddpkit.run import Run

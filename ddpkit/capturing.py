@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ddpkit.callbacks import Callback
-from ddpkit.errors import UserError
+from ddpkit.errors import UserError, nearest
 from ddpkit.model import unwrap
-from ddpkit.yaml_files import nearest
 
 if TYPE_CHECKING:
     from ddpkit.run import Run

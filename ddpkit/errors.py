@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 EXIT_DONE = 0
 EXIT_FAILED = 1  # a rank failed; the report says which and why
 EXIT_USER = 2  # the user's input is wrong; one message, no traceback
@@ -64,3 +67,9 @@ class StopRequested(SystemExit):
 def is_orderly(error: BaseException) -> bool:
     """Whether all ranks leave this way: by an agreed stop, or by ``sys.exit()`` without a complaint."""
     return isinstance(error, StopRequested) or (isinstance(error, SystemExit) and error.code in (None, EXIT_DONE))
+
+
+def nearest(word: str, words: Sequence[str], *, likeness: float = 0.6) -> str:
+    """``"; did you mean 'x'?"`` with the word most like ``word``, or nothing where none is close."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=likeness)
+    return f"; did you mean {close[0]!r}?" if close else ""

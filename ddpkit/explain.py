@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 from pydantic import JsonValue, ValidationError
 
-from ddpkit.yaml_files import KeyPath, dotted, nearest
+from ddpkit.errors import nearest
+from ddpkit.yaml_files import KeyPath, dotted
 
 Schema: TypeAlias = Mapping[str, Any]
 

@@ -17,9 +17,8 @@ from pydantic import JsonValue
 
 from ddpkit import references, services
 from ddpkit.config import Config, Factory, is_factory, is_reference
-from ddpkit.errors import ConfigError
+from ddpkit.errors import ConfigError, nearest
 from ddpkit.references import Reference, parse
-from ddpkit.yaml_files import nearest
 
 __all__ = ["Reference", "all_references", "build", "check", "expect", "missing_trackers", "parse", "resolve"]
 

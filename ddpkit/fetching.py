@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -30,6 +30,7 @@ from ddpkit.orphans import die_with_parent
 from ddpkit.permutation import derive
 from ddpkit.sampler import Fetch, Pass, passes
 from ddpkit.seeding import epoch_key, sample_key, seed_host_generators
+from ddpkit.tensor_rows import has_rows, rows
 from ddpkit.world import World
 
 _COLLATE = 1 << 63  # sets a batch's own stream apart from those of its samples
@@ -58,9 +59,14 @@ class SeededDataset(Dataset[Any]):
         self._dataset = dataset
         self._collate = collate
         self._generators = HostGenerators()
+        self._has_rows = collate is default_collate and has_rows(dataset)
 
     def __getitem__(self, fetch: Fetch) -> tuple[Pass, Any]:
         """Fetch and collate one pass."""
+        if self._has_rows:
+            with suppress(TypeError, IndexError):  # to be answered in the dataset's own words, below
+                batch = rows(self._dataset, fetch.items)
+                return fetch.part, batch if fetch.part.size else [tensor[:0] for tensor in batch]
         # In a worker the generators serve nothing else; in the rank's own process they are the step's as well.
         with self._generators.kept() if get_worker_info() is None else nullcontext():
             return fetch.part, self._seeded(fetch)
@@ -76,7 +82,8 @@ class SeededDataset(Dataset[Any]):
             except Exception as error:
                 _note(error, f"at sample {item}, position {position} of the epoch")
                 raise
-        seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
+        if self._collate is not default_collate:  # torch's draws nothing
+            seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
         batch = self._collate(samples)
         return batch if part.size else nothing_of(batch, samples[0])
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 
-from ddpkit.errors import ConfigError
-from ddpkit.yaml_files import nearest
+from ddpkit.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ddpkit.errors import UserError
-from ddpkit.yaml_files import nearest
+from ddpkit.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

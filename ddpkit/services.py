@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddpkit.yaml_files import nearest
+from ddpkit.errors import nearest
 
 
 @dataclass(frozen=True)

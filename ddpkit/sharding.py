@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddpkit.errors import UserError
+from ddpkit.errors import UserError, nearest
 from ddpkit.model import check_has_shapes, retie, share, tied_names
-from ddpkit.yaml_files import nearest
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

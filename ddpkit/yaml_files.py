@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from ddpkit.errors import ConfigError
+from ddpkit.errors import ConfigError, nearest
 
 MAX_BYTES = 1 << 20  # configs are a thousand times smaller, and the parser is pure Python
 MAX_NODES = 100_000  # after aliases are expanded: ten lines of aliases of aliases can stand for billions
@@ -177,12 +176,6 @@ def escaped(tree: JsonValue) -> JsonValue:
     if isinstance(tree, list):
         return [escaped(child) for child in tree]
     return tree.replace("${", "\\${") if isinstance(tree, str) else tree
-
-
-def nearest(word: str, words: Sequence[str], *, likeness: float = 0.6) -> str:
-    """``"; did you mean 'x'?"`` with the word most like ``word``, or nothing where none is close."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=likeness)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 # ---------------------------------------------------------------------- files and their defaults

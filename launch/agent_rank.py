@@ -51,11 +51,12 @@ def main(places: str) -> int:
         )
         return EXIT_USER
     code = rank.run(job, order)
-    if code == EXIT_STOPPED and len(worlds) > 1:
-        # Where machines come and go, the agents ask for this stop, each a moment after the other. To the one that has
-        # not asked yet, a rank that leaves would be one that has failed.
+    if code == EXIT_STOPPED:
+        # To the agent, a rank that leaves like this is one that has failed, and it ends the others while they leave.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        signal.sigtimedwait(STOP_SIGNALS, _UNTIL_ASKED_S)
+        if len(worlds) > 1:
+            # Where machines come and go, the agents ask for this stop, each a moment after the other.
+            signal.sigtimedwait(STOP_SIGNALS, _UNTIL_ASKED_S)
     return code
 
 

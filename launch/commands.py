@@ -18,8 +18,7 @@ from pathlib import Path
 from ddpkit import config as configs
 from ddpkit import factories, world
 from ddpkit.config import Config
-from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError
-from ddpkit.yaml_files import nearest
+from ddpkit.errors import EXIT_DONE, EXIT_FAILED, BrokenCheckpoint, ConfigError, UserError, nearest
 
 from . import plan as plans
 from .job import Job
@@ -126,10 +125,19 @@ def evaluate(arguments: Namespace) -> int:
 
 def status(arguments: Namespace) -> int:
     """`ddpkit status`: where a run stands."""
-    from .status import describe, read_status, to_json
+    from .status import read_status, to_json
+    from .telling import describe
 
     found = read_status(arguments.run_dir)
     print(to_json(found) if arguments.json else describe(found))
+    return EXIT_DONE
+
+
+def report(arguments: Namespace) -> int:
+    """`ddpkit report`: one self-contained page about a run."""
+    from .report import write_report
+
+    write_report(arguments.run_dir, arguments.out)
     return EXIT_DONE
 
 

@@ -179,6 +179,11 @@ class ElasticNode(Node):
         # Clocks of several machines have nothing in common; what comes after the last look is late in any case.
         return [replace(each, when=told.order.get(each.rank, math.inf)) for each in failures.values()]
 
+    def _all_failures(self) -> tuple[Failure, ...]:
+        failures = super()._all_failures()
+        # To the agent the first rank that leaves with an agreed stop is one that has failed: it ends the others.
+        return () if self._some_stopped() and all(map(_was_ended, failures)) else failures
+
     def _outcome(self) -> Outcome:
         told = self._rounds[self._current]
         wait_s = 0.0 if self._terms.alone else _HEAR_S if told.regroups else _SETTLE_S

@@ -18,9 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from submitit.slurm.slurm import SlurmExecutor, _convert_mem, _make_sbatch_string
 
 from ddpkit.config import Launch, node_range
-from ddpkit.errors import UserError
+from ddpkit.errors import UserError, nearest
 from ddpkit.explain import shown
-from ddpkit.yaml_files import nearest
 
 _CHILD = Path(__file__).with_name("child.py")
 _LONGEST_WARNING_S = 90

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ddpkit.checkpoint import manifest
-from ddpkit.errors import UserError
+from ddpkit.errors import UserError, nearest
 from ddpkit.model import retie, tied_names, unwrap
-from ddpkit.yaml_files import nearest
 
 # What torch's own wrappers put into names: torch.compile, activation checkpointing, the older FSDP.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})

@@ -37,8 +37,8 @@ class Ranks(Protocol):
     def world_size(self) -> int:
         """The number of ranks."""
 
-    def exchange(self, name: str, value: Json) -> list[Json]:
-        """Give ``value``, get every rank's, in the order of ranks. Collective; names recur."""
+    def conclude(self, name: str, value: Json, conclusion: Callable[[list[Json]], Json]) -> Json:
+        """Get what rank zero concludes from every rank's ``value``, in the order of ranks. Collective; names recur."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class CheckpointStore:
             return SaveResult(step, target, _size(manifest.read(target)), written=False)
         temporary = self._directory / begun["name"]
         try:
-            content = self._write(step, part.progress, part, temporary)
+            content, size = self._write(step, part.progress, part, temporary)
             commit = partial(contents.commit, content, temporary, target, self._fence, replace=begun["replaces"])
             self._from_main("save/commit", commit, SaveFailed)
         except BaseException as error:
@@ -114,14 +114,14 @@ class CheckpointStore:
                 _discard(temporary)
             if isinstance(error, SaveFailed) and isinstance(error.__cause__, OSError):
                 # What was written of it filled the disk while the error was raised; now rank zero has removed it.
-                free = self._ranks.exchange("checkpoint/save/room", free_bytes(temporary) if self._is_main else None)[0]
+                free = self._ranks.conclude("checkpoint/save/room", free_bytes(temporary), lambda found: found[0])
                 room = f"the whole checkpoint needs about {part.total_bytes} bytes; {free} are free"
                 raise SaveFailed(f"{error}\n({room} without it)") from error.__cause__
             raise
         if self._is_main:
             self._known_good.add(step)
             self._prune()
-        return SaveResult(step, target, _size(content), written=True)
+        return SaveResult(step, target, size, written=True)
 
     def load_newest(
         self, step: int | None = None, *, read_only: bool = False, into: Targets | None = None
@@ -140,7 +140,8 @@ class CheckpointStore:
         picked = self._from_main("load/pick", partial(self._pick, step, read_only), BrokenCheckpoint)
         if picked is None:
             return None
-        loaded, _ = self._together("load/read", partial(self._read, picked, into or {}), _nothing, BrokenCheckpoint)
+        read = partial(self._read, picked, into or {})
+        loaded, _ = self._together("load/read", read, _nothing, _nothing, BrokenCheckpoint)
         return loaded
 
     def would_be_best(self, value: float) -> bool:
@@ -162,8 +163,10 @@ class CheckpointStore:
     # Saving
 
     def _agreed(self, take: Callable[[], Part]) -> Part:
-        part, layouts = self._together("save/take", take, lambda part: part.layout, StateError)
-        different = [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]
+        def odd(layouts: list[Json]) -> Json:
+            return [rank for rank, layout in enumerate(layouts) if layout != layouts[0]]
+
+        part, different = self._together("save/take", take, lambda part: part.layout, odd, StateError)
         if different:
             raise StateError(
                 f"the replicated state has other tensors on ranks {different} than on rank 0; "
@@ -198,14 +201,21 @@ class CheckpointStore:
             raise_save_failed(temporary, 0, error)
         return {"name": temporary.name, "replaces": replaces}
 
-    def _write(self, step: int, progress: dict[str, Json], part: Part, temporary: Path) -> Manifest:
-        """All ranks' parts; the manifest is whole on rank zero alone."""
+    def _write(self, step: int, progress: dict[str, Json], part: Part, temporary: Path) -> tuple[Manifest, int]:
+        """All ranks' parts, in bytes; the manifest is whole on rank zero alone."""
+
+        words: list[Json] = []  # for the manifest, which rank zero alone writes
+
+        def conclude(said: list[Json]) -> Json:
+            words.extend(said)
+            return sum(size for word in said for _, size, _ in word["files"])
 
         def say(proofs: tuple[FileProof, ...]) -> Json:
             return {"files": [[proof.name, proof.bytes, proof.xxh3_128] for proof in proofs], "own": part.own}
 
-        _, words = self._together("save/write", partial(contents.write, part, temporary), say, SaveFailed)
-        return Manifest(
+        write = partial(contents.write, part, temporary)
+        _, size = self._together("save/write", write, say, conclude, SaveFailed)
+        content = Manifest(
             format=manifest.FORMAT,
             step=step,
             world_size=self._ranks.world_size,
@@ -214,6 +224,7 @@ class CheckpointStore:
             own=tuple(word["own"] for word in words),
             files=tuple(FileProof(*proof) for word in words for proof in word["files"]),
         )
+        return content, size
 
     def _prune(self) -> None:
         """Remove all but the newest `keep`, and more than those if too few of them are known to be intact."""
@@ -315,9 +326,14 @@ class CheckpointStore:
         return self._ranks.rank == 0
 
     def _together(
-        self, name: str, action: Callable[[], T], say: Callable[[T], Json], otherwise: type[DdpkitError]
-    ) -> tuple[T, list[Json]]:
-        """Run ``action`` on all ranks; its result here, and what each rank says of its own. Collective.
+        self,
+        name: str,
+        action: Callable[[], T],
+        say: Callable[[T], Json],
+        conclusion: Callable[[list[Json]], Json],
+        otherwise: type[DdpkitError],
+    ) -> tuple[T, Json]:
+        """Run ``action`` on all ranks; its result here, and what rank zero concludes from what each says. Collective.
 
         If it raises on any rank, every rank raises the same error, of kind ``otherwise`` where it is not one
         of ours.
@@ -331,16 +347,20 @@ class CheckpointStore:
         except Exception as error:  # noqa: BLE001  # the other ranks wait for this rank's word, whatever happened
             own_error = error
             word = {"failed": _describe(error, otherwise)}
-        words = self._ranks.exchange(f"checkpoint/{name}", word)
-        failures = [(rank, word["failed"]) for rank, word in enumerate(words) if "failed" in word]
-        if failures:
-            _raise_agreed(failures, own_error)
-        return result, [word["said"] for word in words]
+
+        def conclude(words: list[Json]) -> Json:
+            failures = [[rank, word["failed"]] for rank, word in enumerate(words) if "failed" in word]
+            return {"failures": failures} if failures else {"said": conclusion([word["said"] for word in words])}
+
+        told = self._ranks.conclude(f"checkpoint/{name}", word, conclude)
+        if "failures" in told:
+            _raise_agreed(told["failures"], own_error)
+        return result, told["said"]
 
     def _from_main(self, name: str, action: Callable[[], Json], otherwise: type[DdpkitError]) -> Json:
         """Run ``action`` on rank zero alone; its result, or its error, on every rank. Collective."""
-        _, words = self._together(name, action if self._is_main else _nothing, lambda result: result, otherwise)
-        return words[0]
+        act = action if self._is_main else _nothing
+        return self._together(name, act, lambda result: result, lambda said: said[0], otherwise)[1]
 
 
 _AGREED = {kind.__name__: kind for kind in (Superseded, UserError, StateError, BrokenCheckpoint, SaveFailed)}

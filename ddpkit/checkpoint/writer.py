@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -230,16 +231,30 @@ def _write(path: Path, content: Iterable[memoryview], size: int) -> FileProof:
     hasher = xxhash.xxh3_128()
     try:
         with path.open("xb") as file:
+            on_its_way = 0
             for memory in content:
                 for start in range(0, len(memory), _PIECE):
                     piece = memory[start : start + _PIECE]
                     hasher.update(piece)
                     file.write(piece)
+                    if file.tell() - on_its_way >= _PIECE:
+                        _send_off(file.fileno(), on_its_way)
+                        on_its_way = file.tell()
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise_save_failed(path, size, error)
     return FileProof(path.name, size, hasher.hexdigest())
+
+
+def _send_off(descriptor: int, start: int) -> None:
+    """Have the kernel begin to write, from ``start`` on, what it holds of a file.
+
+    Otherwise it begins at the fsync, when all is hashed (0.23 s for 512 MB, 0.14 s like this). That Linux does so is a
+    part of this call which only asks for the memory back; there is no other one in the standard library.
+    """
+    with suppress(OSError):  # a file system that will not: fsync sees to it
+        os.posix_fadvise(descriptor, start, 0, os.POSIX_FADV_DONTNEED)
 
 
 def free_bytes(path: Path) -> str:

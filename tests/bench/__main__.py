@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -31,6 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in _MEASUREMENTS]:
         parser.error(f"no measurement is called {', '.join(unknown)}; there are {', '.join(_MEASUREMENTS)}")
+    for package in ("ddpkit", "launch"):  # as after a first start, or where a wheel is installed; torch's are there
+        compileall.compile_dir(_DOCS.parent / package, quiet=1)
     entries: list[dict[str, Any]] = []
     for name in arguments.names or _MEASUREMENTS:
         new = [entry(name, row) for row in _MEASUREMENTS[name](arguments.repeats)]

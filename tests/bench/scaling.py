@@ -21,7 +21,7 @@ _EXCHANGES = 50
 
 
 def main() -> None:
-    rows = [_measured(ranks, ours=True) for ranks in (2, 4, 8, 16, 32)] + [_measured(8, ours=False)]
+    rows = [footprint(ranks, ours=True) for ranks in (2, 4, 8, 16, 32)] + [footprint(8, ours=False)]
     tree = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "rows": rows}
     Path("scaling.json").write_text(json.dumps(tree, indent=1) + "\n")
     print("| launcher | ranks | first step, s | memory of a rank (PSS), MB | of all processes, MB | an exchange, ms |")
@@ -32,7 +32,7 @@ def main() -> None:
         print("| " + " | ".join(map(str, shown)) + " |")
 
 
-def _measured(ranks: int, ours: bool) -> dict[str, Any]:
+def footprint(ranks: int, ours: bool) -> dict[str, Any]:
     """One start of a script that trains, with ddpkit's loop under our launcher and written by hand under torchrun."""
     with tempfile.TemporaryDirectory() as folder:
         script = [str(SCRIPTS / "footprint.py"), folder, "ddpkit" if ours else "by hand", str(_EXCHANGES)]

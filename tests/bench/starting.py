@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.bench.measure import SCRIPTS, Bar, Measurement, Row, Started, in_turn, start, tool
+from tests.bench.scaling import footprint
 
 _SCRIPT = str(SCRIPTS / "first_step.py")
 
@@ -79,9 +80,17 @@ def _recover(command: list[str]) -> float:
         return float(mark.read_text())
 
 
+def _memory(repeats: int) -> list[Row]:
+    """Of a rank of eight in the middle of its training; pages that ranks share are counted once (PSS)."""
+    found = in_turn({"ours": lambda: footprint(8, ours=True), "peer": lambda: footprint(8, ours=False)}, repeats)
+    ours, peer = ([each["pss_mb"] for each in found[name]] for name in ("ours", "peer"))
+    return [Row("memory of a rank, 8 ranks", "MB", ours, Bar(1.0), "by hand, torchrun", peer)]
+
+
 MEASUREMENTS: dict[str, Measurement] = {
     "start-8": partial(_ranks, 8),
     "start-2": partial(_ranks, 2),
     "cli": _command_line,
     "recovery": _recovery,
+    "memory": _memory,
 }

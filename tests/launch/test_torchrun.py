@@ -113,6 +113,34 @@ def test_an_agreed_stop(shell: Shell, number: int, code: int) -> None:
     assert list((shell.cwd / "run/checkpoints").glob("step-*"))
 
 
+SLOW_TO_LEAVE = """
+import atexit, time, torch, ddpkit
+
+with ddpkit.runtime(seed=0) as rt:
+    # For longer than the agent needs to see that the other one has gone.
+    atexit.register(time.sleep, 3.0 * rt.rank)
+    model = rt.wrap(torch.nn.Linear(4, 1))
+    loader = rt.loader(torch.utils.data.TensorDataset(torch.ones(4096, 4)), global_batch_size=4)
+    run = rt.resume("run", model=model, loader=loader, log_every=1)
+    for _ in run.epochs(100):
+        for (inputs,) in loader:
+            time.sleep(0.02)
+            run.step(loss=model(inputs).sum())
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_leave_a_stop_one_after_the_other(shell: Shell) -> None:
+    shell.script("own.py", SLOW_TO_LEAVE)
+    child = shell.start("launch", "--launcher", "torchrun", "--nproc-per-node", "3", "own.py")
+    wait_for(lambda: _steps(shell) > 0 or child.poll() is not None, "steps")
+    child.send_signal(signal.SIGTERM)
+    done = finish(child)
+    assert done.returncode == 75, done.stderr
+    assert "state saved" in done.stderr and "failed" not in done.stderr
+    assert list((shell.cwd / "run/checkpoints").glob("step-*"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["launcher", "agent"])
 def test_sigkill_leaves_nothing(shell: Shell, victim: str) -> None:

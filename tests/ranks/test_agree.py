@@ -26,6 +26,7 @@ def agreements() -> dict[str, Any]:
         ranks, me = rt.ranks, rt.rank
         found: dict[str, Any] = {
             "exchange": ranks.exchange("squares", me * me),
+            "conclusion": ranks.conclude("least and most", me, lambda values: (min(values), max(values))),
             "again": [ranks.exchange("squares", [me, use]) for use in range(3)],
             "decide": ranks.decide("best", {"step": 7, "loss": 0.1 + 0.2} if rt.is_main else "not looked at"),
             "unicode": ranks.exchange("Größe/измерение ☃ 0/1", "ä\n\0☃" * (me + 1)),
@@ -50,6 +51,7 @@ def test_agreements_are_the_same_on_all_ranks(size: int) -> None:
     for found in run_ranks(agreements, size):
         assert found == {
             "exchange": [rank * rank for rank in range(size)],
+            "conclusion": [0, size - 1],
             "again": [[[rank, use] for rank in range(size)] for use in range(3)],
             "decide": {"step": 7, "loss": 0.1 + 0.2},
             "unicode": ["ä\n\0☃" * (rank + 1) for rank in range(size)],

@@ -60,7 +60,11 @@ STEPS: list[list[dict[str, float]]] = [  # by rank
 
 def _means(rt: ddpkit.Runtime, means: RankMeans, number: int) -> tuple[dict[str, float], bool]:
     weight = 0.0 if number == 3 and rt.rank == 2 else 1.0 + rt.rank
-    return means.of(STEPS[number][rt.rank], weight, asks=number == rt.rank == 2)
+    of_itself = [10.0 * number + rt.rank, -1.0]
+    means.begin(STEPS[number][rt.rank], weight, number == rt.rank == 2, of_itself)
+    values, asked, by_rank = means.end()
+    assert by_rank == [[10.0 * number + rank, -1.0] for rank in range(3)]
+    return values, asked
 
 
 def _one_after_the_other() -> list[Any]:
@@ -70,6 +74,45 @@ def _one_after_the_other() -> list[Any]:
         each_alone = [_means(rt, RankMeans(rt.ranks, rt.device), number) for number in range(len(STEPS))]
         assert in_a_row == each_alone  # to the last bit: a resumed run begins anywhere
         return in_a_row
+
+
+class Order:
+    """Notes at which step a line comes, and what else has come by then."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int]] = []
+
+    def on_step_end(self, run: ddpkit.Run) -> None:
+        self.seen.append(("step", run.progress.step))
+
+    def on_record(self, run: ddpkit.Run, kind: str, values: Any, clock: Any) -> None:
+        self.seen.append((kind, run.progress.step))
+
+    def on_epoch_end(self, run: ddpkit.Run) -> None:
+        self.seen.append(("epoch", run.progress.step))
+
+
+def _in_order(run_dir: str) -> list[tuple[str, int]]:
+    order = Order()
+    with ddpkit.runtime(timeout_s=20) as rt:
+        run = rt.resume(run_dir, every_steps=None, log_every=2, callbacks=[order])
+        for epoch in run.epochs(2):
+            for _ in range(3):
+                run.step(loss=1.0)
+            if epoch == 0:
+                run.record("eval", {"accuracy": 1.0})
+        run.step(loss=1.0)
+        run.step(loss=1.0)  # recorded, and nothing follows that would wait for it
+    return order.seen
+
+
+def test_a_line_is_written_before_anything_that_comes_after_its_step(tmp_path: Path) -> None:
+    seen, _ = run_ranks(_in_order, 2, str(tmp_path))
+    first = [("step", 1), ("step", 2), ("train", 2), ("step", 3), ("eval", 3), ("epoch", 3)]
+    then = [("step", 4), ("train", 4), ("step", 5), ("step", 6), ("train", 6), ("epoch", 6)]
+    assert seen == [*first, *then, ("step", 7), ("step", 8), ("train", 8)]
+    places = [(line["kind"], line["step"], line["epoch"]) for line in _lines(tmp_path)]
+    assert places == [("train", 2, 0), ("eval", 3, 0), ("train", 4, 1), ("train", 6, 1), ("train", 8, 2)]
 
 
 def test_means_are_over_the_ranks_that_name_a_value_whatever_was_named_before() -> None:

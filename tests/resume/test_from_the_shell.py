@@ -97,6 +97,7 @@ def test_a_second_run_is_refused_and_the_first_is_not_disturbed(
     run_dir, env = tmp_path / "run", {"TOY_GATE": str(tmp_path)}
     with started("run", config, env=env) as first:
         until(lambda: (tmp_path / "waiting-0").exists() and (tmp_path / "waiting-1").exists())
+        until(lambda: bool(events(run_dir, "saved")))  # beside training
         before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
         second = shell("run", config, env=env)
         assert second.code == 2

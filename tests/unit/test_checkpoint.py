@@ -36,6 +36,7 @@ class Exchange:
     def __init__(self, world_size: int) -> None:
         self.barrier = threading.Barrier(world_size, timeout=30)
         self.values: list[Any] = [None] * world_size
+        self.concluded = ""
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,15 @@ class ThreadRank:
     world_size: int
     meeting: Exchange
 
-    def exchange(self, name: str, value: Any) -> list[Any]:
+    def conclude(self, name: str, value: Any, conclusion: Callable[[list[Any]], Any]) -> Any:
         self.meeting.values[self.rank] = json.dumps([name, value])
         self.meeting.barrier.wait()
-        met = [json.loads(text) for text in self.meeting.values]
+        if self.rank == 0:
+            met = [json.loads(text) for text in self.meeting.values]
+            assert {other for other, _ in met} == {name}
+            self.meeting.concluded = json.dumps(conclusion([value for _, value in met]))
         self.meeting.barrier.wait()
-        assert {other for other, _ in met} == {name}
-        return [value for _, value in met]
+        return json.loads(self.meeting.concluded)
 
 
 @dataclass
@@ -846,8 +849,8 @@ KILLER = textwrap.dedent(
 
     class Alone:
         rank, world_size = 0, 1
-        def exchange(self, name, value):
-            return [value]
+        def conclude(self, name, value, conclusion):
+            return conclusion([value])
 
     def store(directory):
         return CheckpointStore(directory, 2, Alone(), lambda *a, **k: None, bad.append, lambda: None)

@@ -21,8 +21,8 @@ class Alone:
     rank = 0
     world_size = 1
 
-    def exchange(self, name: str, value: Any) -> list[Any]:
-        return [value]
+    def conclude(self, name: str, value: Any, conclusion: Callable[[list[Any]], Any]) -> Any:
+        return conclusion([value])
 
 
 def saver(run_dir: Path, best: Best, keep: int = 2) -> tuple[CheckpointStore, Callable[..., None]]:
