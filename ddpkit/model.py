@@ -64,8 +64,13 @@ def digest(module: nn.Module) -> str:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has spread the model, or a part of it; see `ddpkit.sharding`."""
+    return any(is_unit(part) for part in model.modules())
+
+
+def is_unit(part: nn.Module) -> bool:
+    """Whether a module's parameters are gathered and forgotten by FSDP2 together."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and where it was not, nothing is spread
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in model.modules())
+    return fsdp is not None and isinstance(part, fsdp.FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:
