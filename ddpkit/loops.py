@@ -120,7 +120,7 @@ class Loops:
 
     def given(self, loader: Loader) -> None:
         """A batch is given out."""
-        self.newest, self._is_touched = loader, True
+        self._newest, self._is_touched = loader, True
         if loader not in self._open:
             self._open.append(loader)
         if loader is self._leader:

@@ -150,6 +150,32 @@ def test_the_outer_one_of_two_loaders_leads(tmp_path: Path) -> None:
     assert places(tmp_path / "looked at", looked_at_first) == [1, 2, 3, 4]
 
 
+def _weighted(folder: str) -> list[float]:
+    """Gradients of the mean of the ranks' numbers over the samples of a batch, from loaders with other shares."""
+    found = []
+    with ddpkit.runtime(timeout_s=20) as rt:
+        model = rt.wrap(nn.Linear(1, 1, bias=False))
+        even, uneven = (rt.loader(range(12), global_batch_size=size) for size in (4, 3))
+        run = rt.resume(folder, every_steps=None, model=model, even=even, uneven=uneven)
+        for _ in zip(even, uneven, strict=False):
+            run.backward(model(torch.tensor([[float(rt.rank)]])).mean())
+            found.append(next(model.parameters()).grad.item())  # type: ignore[union-attr]  # there has been a pass
+            break
+        for _ in even:
+            model.zero_grad()
+            run.backward(model(torch.tensor([[float(rt.rank)]])).mean())
+            found.append(next(model.parameters()).grad.item())  # type: ignore[union-attr]  # as above
+            run.step()
+            break
+    return found
+
+
+def test_a_gradient_is_weighted_by_the_share_of_the_batch_given_out_last(tmp_path: Path) -> None:
+    # Of three samples rank 0 gets two; of four both get as many.
+    for found in run_ranks(_weighted, 2, str(tmp_path)):
+        assert found == pytest.approx([1 / 3, 1 / 2])
+
+
 def test_what_cannot_be_right_is_refused(tmp_path: Path) -> None:
     def by_turns(run: Run, rt: Runtime, loader: Any) -> None:
         other = run.objects["other"]
