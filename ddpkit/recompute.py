@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -18,8 +18,7 @@ def recompute_activations(module: nn.Module, patterns: Sequence[str], key: str =
     """Have parts of a model keep their inputs only, and compute the rest again when its gradient is due; in place.
 
     The gradients are the same bits: dropout draws the same numbers again, and running statistics are not updated a
-    second time. Names and classes of the parts stay, so checkpoints do. Under `torch.compile` parts have to be without
-    buffers, as a transformer's blocks are.
+    second time. Names and classes of the parts stay, so checkpoints do.
 
     Args:
         module: the model, before it is wrapped.
@@ -31,10 +30,15 @@ def recompute_activations(module: nn.Module, patterns: Sequence[str], key: str =
     """
     for _, part in list(chosen(module, patterns, key)):
         # Partial objects and bound methods, of which a deep copy of the module gets its own; a closure would not be.
-        # What torch.compile does not take, only where it is needed.
-        extra: dict[str, Any] = {"context_fn": partial(_contexts, part)} if list(part.buffers()) else {}
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False, **extra)
+        part.forward = partial(_recomputed, part, part.forward)
     return module
+
+
+def _recomputed(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        # The compiler chooses what to compute again, changes buffers once, and takes no other contexts.
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, part), **kwargs)
 
 
 def _contexts(part: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
