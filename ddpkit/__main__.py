@@ -37,11 +37,14 @@ class UntilThereAreRanks:
 
 def main() -> None:
     """Run the command line; ends the process."""
+    interrupt, stop, say = KeyboardInterrupt(), SystemExit(EXIT_STOPPED), sys.unraisablehook
+    # One of these that gets lost would be told of with a traceback, which says nothing to the user.
+    sys.unraisablehook = lambda lost: None if lost.exc_value in (interrupt, stop) else say(lost)
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, UntilThereAreRanks(KeyboardInterrupt()))
+            signal.signal(signal.SIGINT, UntilThereAreRanks(interrupt))
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, UntilThereAreRanks(SystemExit(EXIT_STOPPED)))
+            signal.signal(signal.SIGTERM, UntilThereAreRanks(stop))
         code = _main()
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED

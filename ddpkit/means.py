@@ -11,14 +11,28 @@ the slowest one (1 ms, beside a step of 4 ms on two cores).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ddpkit.agree import Ranks
+
+
+class Means(NamedTuple):
+    """What the ranks' reports came to, the same on all ranks.
+
+    Attributes:
+        values: the means by name.
+        asked: whether any rank asks.
+        by_rank: what each rank has told of itself.
+    """
+
+    values: dict[str, float]
+    asked: bool
+    by_rank: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class _Sum:
     own: Mapping[str, float]
     weight: float
     asks: bool
+    of_itself: Sequence[float]
     flat: torch.Tensor
     work: Any
 
@@ -49,49 +64,56 @@ class RankMeans:
         self._names: list[str] = []
         self._sum: _Sum | None = None
 
-    def begin(self, values: Mapping[str, float], weight: float, asks: bool) -> None:
+    def begin(self, values: Mapping[str, float], weight: float, asks: bool, of_itself: Sequence[float] = ()) -> None:
         """Set out for the means, and whether any rank ``asks`` (for a save, say). Collective; waits for nobody.
 
         Args:
             values: this rank's, by name; the mean of one that not all ranks report is of those which do.
             weight: what they count for; with 0 they are not looked at.
             asks: a question that travels along.
+            of_itself: numbers of this rank of which no mean is formed; as many on every rank.
         """
         own = values if weight else {}  # the values of a rank that has nothing to report are NaN
-        self._sum = self._summing(own, weight, asks)
+        self._sum = self._summing(own, weight, asks, of_itself)
 
-    def end(self) -> tuple[dict[str, float], bool]:
-        """What came of it: the means, and whether any rank asked, the same on all ranks. Collective."""
+    def end(self) -> Means:
+        """What came of it, the same on all ranks. Collective."""
         assert self._sum is not None  # begun
-        own, weight, asks = self._sum.own, self._sum.weight, self._sum.asks
-        differs, asked, sums = self._summed()
+        own, weight, asks, of_itself = self._sum.own, self._sum.weight, self._sum.asks, self._sum.of_itself
+        differs, asked, by_rank, sums = self._summed()
         if differs:
             told = self._ranks.exchange("names of what is recorded", list(own))
             self._names = sorted({name for names in told for name in names})
-            self._sum = self._summing(own, weight, asks)
-            _, asked, sums = self._summed()
+            self._sum = self._summing(own, weight, asks, of_itself)
+            _, asked, by_rank, sums = self._summed()
         means = {name: total / counted for name, (total, counted) in sums.items() if counted}
-        return {name: means[name] for name in (*own, *means) if name in means}, asked
+        return Means({name: means[name] for name in (*own, *means) if name in means}, asked, by_rank)
 
     def close(self) -> None:
         """Forget what is under way: it holds the process group."""
         self._sum = None
 
-    def _summing(self, own: Mapping[str, float], weight: float, asks: bool) -> _Sum:
+    def _summing(self, own: Mapping[str, float], weight: float, asks: bool, of_itself: Sequence[float]) -> _Sum:
         differs = bool(own) and own.keys() != set(self._names)
-        flat = [float(differs), float(asks)]
+        rank, width = self._ranks.rank, len(of_itself)
+        slots = [0.0] * (self._ranks.world_size * width)  # each rank adds nothing to the others'
+        slots[rank * width : (rank + 1) * width] = of_itself
+        flat = [float(differs), float(asks), *slots]
         for name in self._names:
             flat += (weight * own[name], weight) if name in own else (0.0, 0.0)
         summed = torch.tensor(flat, dtype=torch.float64, device=self._device)
         work = dist.all_reduce(summed, async_op=True) if self._ranks.world_size > 1 else None
-        return _Sum(own, weight, asks, summed, work)
+        return _Sum(own, weight, asks, of_itself, summed, work)
 
-    def _summed(self) -> tuple[bool, bool, dict[str, tuple[float, float]]]:
-        """Whether the names differ from those agreed on, whether anybody asks, each name's sum and weight."""
+    def _summed(self) -> tuple[bool, bool, list[list[float]], dict[str, tuple[float, float]]]:
+        """Whether the names differ from those agreed on, whether anybody asks, the ranks' own, each name's sum."""
         done, self._sum = self._sum, None
         assert done is not None
         if done.work is not None:
             done.work.wait()
         flat = done.flat.tolist()
-        pairs = zip(flat[2::2], flat[3::2], strict=True)
-        return flat[0] > 0, flat[1] > 0, dict(zip(self._names, pairs, strict=True))
+        width = len(done.of_itself)
+        end = 2 + self._ranks.world_size * width
+        by_rank = [flat[place : place + width] for place in range(2, end, width)] if width else []
+        pairs = zip(flat[end::2], flat[end + 1 :: 2], strict=True)
+        return flat[0] > 0, flat[1] > 0, by_rank, dict(zip(self._names, pairs, strict=True))

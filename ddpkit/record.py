@@ -82,16 +82,17 @@ class JsonLines:
         self._file.close()
 
 
-def cut_metrics(path: Path, step: int, evaluated: bool) -> None:
-    """Drop the lines of steps that a restore has undone, and half a line at the end.
+def cut_metrics(path: Path, step: int, evaluated: bool) -> dict[str, Any] | None:
+    """Drop the lines of steps that a restore has undone, and half a line at the end. Gives the newest that stays.
 
     Args:
         path: metrics.jsonl; may be missing.
         step: the step restored; 0 for a fresh start.
         evaluated: whether the state was saved after the evaluation of that step, so that its line stays.
     """
+    newest = None
     if not path.exists():
-        return
+        return newest
     with path.open("r+b") as file:
         place = kept = 0
         for line in file:
@@ -102,8 +103,9 @@ def cut_metrics(path: Path, step: int, evaluated: bool) -> None:
                 continue  # half a line, from a full disk or a kill; it stays if whole ones follow
             if not (line.endswith(b"\n") and _stays(entry, step, evaluated)):
                 break
-            kept = place
+            kept, newest = place, entry
         file.truncate(kept)
+    return newest
 
 
 def _stays(entry: Any, step: int, evaluated: bool) -> bool:
@@ -139,17 +141,30 @@ class Recorder:
         self._events = JsonLines(run_dir / "events.jsonl") if is_main else None
         self._metrics: JsonLines | None = None
 
-    def open_metrics(self, step: int, evaluated: bool) -> None:
-        """Begin to write metrics after a restore of ``step``; call once, before `metrics`."""
-        if self._events is not None:
-            cut_metrics(self._metrics_path, step, evaluated)
-            self._metrics = JsonLines(self._metrics_path)
+    def open_metrics(self, step: int, evaluated: bool) -> dict[str, Any] | None:
+        """Begin to write metrics after a restore of ``step``; gives the newest line left. Call once, at first."""
+        if self._events is None:
+            return None
+        newest = cut_metrics(self._metrics_path, step, evaluated)
+        self._metrics = JsonLines(self._metrics_path)
+        return newest
 
-    def metrics(self, kind: str, progress: Mapping[str, int], values: Mapping[str, float], **clock: float) -> None:
-        """Write one line: what was trained or evaluated at this step."""
+    def metrics(
+        self,
+        kind: str,
+        progress: Mapping[str, int],
+        values: Mapping[str, float],
+        of_run: Mapping[str, Any] | None = None,
+        /,
+        **clock: float,
+    ) -> None:
+        """Write one line: what was trained or evaluated at this step.
+
+        ``of_run`` is what depends on time as well, but is no value of this step: it goes to nobody but the file.
+        """
         if self._metrics is not None:
             time_part = {"unix": round(time.time(), 3)} | {name: round(value, 6) for name, value in clock.items()}
-            self._metrics.write({"kind": kind, **progress, **values, "time": time_part})
+            self._metrics.write({"kind": kind, **progress, **values, "time": {**time_part, **(of_run or {})}})
 
     def event(self, name: str, **fields: Any) -> None:
         """Write one line: a start, a save, a restore, a stop, a failure."""

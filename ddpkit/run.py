@@ -27,6 +27,7 @@ from ddpkit.checkpoint.listing import complete
 from ddpkit.checkpoint.shards import Sharded, fitted, fitted_optimizer, holds_spread, is_spread
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
+from ddpkit.ledger import EVALUATION, SAVING, Ledger
 from ddpkit.loader import Loader
 from ddpkit.means import RankMeans
 from ddpkit.measuring import Gauges, StepClock
@@ -48,6 +49,7 @@ log = logging.getLogger("ddpkit")
 
 _CALLBACKS = "callbacks"  # under which name a checkpoint has their states
 _TIME = "time."  # marks what depends on time among values of which the means are formed
+_TELL_AT_ONCE = 64  # ranks whose own times are in every line; of more, in every so-and-so-many-th
 
 
 @runtime_checkable
@@ -83,6 +85,27 @@ class Progress:
     """Why a callback has ended the run before its time."""
     skipped: int = 0
     """Steps in a row that were not taken since the newest one that was."""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of training that is due when the means of its values are there.
+
+    Attributes:
+        unix: when its step was done.
+        step_s: the time a step since the line before.
+        steps: how many that were.
+        samples_per_s: over all ranks.
+        phases: what of the values is a part of a step's time, by name.
+        of_itself: what each rank has told of itself, by name.
+    """
+
+    unix: float
+    step_s: float
+    steps: int
+    samples_per_s: float
+    phases: tuple[str, ...]
+    of_itself: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +166,7 @@ class Run:
         self._wait_for_claim_s = wait_for_claim_s
         self._stack = ExitStack()
         self._means = RankMeans(rt.ranks, rt.device)
-        self._line_clock: dict[str, float] | None = None  # of the line whose means are under way
+        self._line: _Line | None = None  # whose means are under way
         self._tried_at = time.monotonic()
         self._save_is_due = False
         self._in_epochs = False
@@ -152,6 +175,7 @@ class Run:
         self._clock = StepClock(rt.device)
         self._gauges = Gauges(rt.device, [item for item in objects.values() if isinstance(item, nn.Module)])
         self._step_began: float | None = None
+        self._ledger = Ledger()
         self._logged = (time.monotonic(), 0, 0)
         self._claim: Claim | None = None
         self._recorder: Recorder
@@ -443,6 +467,8 @@ class Run:
         """
         self._write_line()
         self.progress.evaluated = self.progress.step
+        # Whoever does not say how long it took has done nothing else since the clock was looked at last.
+        self._ledger.away(EVALUATION, clock.get("eval_s", time.perf_counter() - self._clock.now))
         self._write("eval", values, clock)
         self._callbacks.tell("on_evaluation_end", self, values)
         if self._best is not None:
@@ -496,9 +522,16 @@ class Run:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _write(self, kind: str, values: Mapping[str, float], clock: Mapping[str, float]) -> None:
+    def _write(
+        self,
+        kind: str,
+        values: Mapping[str, float],
+        clock: Mapping[str, float],
+        of_run: Mapping[str, Any] | None = None,
+    ) -> None:
         place = {"step": self.progress.step, "epoch": self.progress.epoch, "samples": self.progress.samples}
-        self._recorder.metrics(kind, place, values, **clock)
+        length = {} if self.total_steps is None else {"total_steps": self.total_steps}
+        self._recorder.metrics(kind, place, values, {**(of_run or {}), **length, "spent": self._ledger.totals}, **clock)
         self._callbacks.tell("on_record", self, kind, values, clock)
 
     def _would_be_best(self, values: Mapping[str, float]) -> bool:
@@ -565,33 +598,53 @@ class Run:
             weight = 1.0 if part is None else float(part.size)
         late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
         own = {name: _number(value) for name, value in values.items()}
-        measured = self._clock.means() | self._gauges.read(self.progress.step)
+        phases = self._clock.means()
+        measured = phases | self._gauges.read(self.progress.step)
         own |= {f"{_TIME}{name}": value for name, value in measured.items()}
-        self._means.begin(own, weight, asks=late and self._rt.is_main)
+        of_itself = self._times_of_its_own(phases, measured) if self._tells_of_ranks else {}
+        self._means.begin(own, weight, late and self._rt.is_main, list(of_itself.values()))
         now, step, samples = time.monotonic(), self.progress.step, self.progress.samples
         elapsed, steps = now - self._logged[0], step - self._logged[1]
         rate = (samples - self._logged[2]) / elapsed
         self._logged = (now, step, samples)
-        self._line_clock = {"step_s": elapsed / max(steps, 1), "samples_per_s": rate}
+        self._line = _Line(time.time(), elapsed / max(steps, 1), steps, rate, tuple(phases), tuple(of_itself))
         if self._rt.world_size == 1:
             self._write_line()
 
     def _write_line(self) -> None:
         """Write the line of the step that was recorded last, before anything that comes after it. Collective."""
-        if self._line_clock is None:
+        if self._line is None:
             return
-        clock, self._line_clock = self._line_clock, None
-        means, save_now = self._means.end()
+        line, self._line = self._line, None
+        means, save_now, told = self._means.end()
         self._save_is_due |= save_now
-        clock |= {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
-        self._write("train", means, clock)
+        clock = {name.removeprefix(_TIME): means.pop(name) for name in list(means) if name.startswith(_TIME)}
+        phases = {name: clock[name] for name in line.phases if name in clock}
+        self._ledger.stepped(self.progress.step, line.step_s, line.steps, phases)
+        by_rank = dict(zip(line.of_itself, zip(*told, strict=True), strict=True))
+        rounded = {name: [round(seconds, 6) for seconds in times] for name, times in by_rank.items()}
+        of_run: dict[str, Any] = {"unix": round(line.unix, 3)} | ({"by_rank": rounded} if rounded else {})
+        self._write("train", means, {"step_s": line.step_s, "samples_per_s": line.samples_per_s} | clock, of_run)
+
+    @property
+    def _tells_of_ranks(self) -> bool:
+        """Whether the line under way has each rank's own times. The same on all ranks."""
+        world_size = self._rt.world_size
+        lines, every = self.progress.step // self._log_every, math.ceil(world_size / _TELL_AT_ONCE)
+        return world_size > 1 and lines % every == 0
+
+    def _times_of_its_own(self, phases: Mapping[str, float], measured: Mapping[str, float]) -> dict[str, float]:
+        """What this rank alone has measured, in seconds a step. The same names on all ranks."""
+        names = ("data_s", "communication_s")
+        return {"step_s": sum(phases.values())} | {name: measured.get(name, 0.0) for name in names}
 
     def _save(self, must: bool = False) -> None:
         self._write_line()
         self._save_is_due = False
-        self._tried_at = time.monotonic()
+        self._tried_at = began = time.monotonic()
         with self._rt.heartbeat.during("saving"):
             self._saver.save(asdict(self.progress), self._snapshot_to_save, must=must)
+        self._ledger.away(SAVING, time.monotonic() - began)
 
     def _snapshot_to_save(self) -> Snapshot:
         self._callbacks.tell("on_save", self)
@@ -635,7 +688,8 @@ class Run:
             self._take_up(loaded)
         progress = self.progress
         progress.best = None if self._best is None else asdict(self._best)
-        self._recorder.open_metrics(progress.step, evaluated=progress.evaluated == progress.step)
+        left = self._recorder.open_metrics(progress.step, evaluated=progress.evaluated == progress.step)
+        self._ledger.take_up(left, progress.step)
         self._logged = (time.monotonic(), progress.step, progress.samples)
         self._recorder.event(
             "started" if loaded is None else "restored", step=progress.step, world_size=self._rt.world_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,12 +27,17 @@ def main(argv: Sequence[str]) -> int:
         print(f"ddpkit: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # `ddpkit status | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes there
-            return EXIT_DONE
-        raise
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write goes there
+        return EXIT_DONE  # `ddpkit status | head`
+
+
+def _nobody_reads(descriptor: int) -> bool:
+    """Whether the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
@@ -90,10 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_launching(evaluate)
     evaluate.set_defaults(command="evaluate")
 
-    status = verbs.add_parser("status", help="where a run stands")
+    status = verbs.add_parser("status", help="where a run stands, how long it will take, where its time has gone")
     status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     status.add_argument("--json", action="store_true", help="for programs")
     status.set_defaults(command="status")
+
+    report = verbs.add_parser("report", help="one page about a run: curves, attempts, ranks, failures")
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT.html", help="replaced if it is there")
+    report.set_defaults(command="report")
 
     export = verbs.add_parser("export", help="write the model of a checkpoint as .pt or .safetensors")
     export.add_argument("run_dir", type=Path, metavar="RUN_DIR")

@@ -125,10 +125,19 @@ def evaluate(arguments: Namespace) -> int:
 
 def status(arguments: Namespace) -> int:
     """`ddpkit status`: where a run stands."""
-    from .status import describe, read_status, to_json
+    from .status import read_status, to_json
+    from .telling import describe
 
     found = read_status(arguments.run_dir)
     print(to_json(found) if arguments.json else describe(found))
+    return EXIT_DONE
+
+
+def report(arguments: Namespace) -> int:
+    """`ddpkit report`: one self-contained page about a run."""
+    from .report import write_report
+
+    write_report(arguments.run_dir, arguments.out)
     return EXIT_DONE
 
 

@@ -60,8 +60,11 @@ STEPS: list[list[dict[str, float]]] = [  # by rank
 
 def _means(rt: ddpkit.Runtime, means: RankMeans, number: int) -> tuple[dict[str, float], bool]:
     weight = 0.0 if number == 3 and rt.rank == 2 else 1.0 + rt.rank
-    means.begin(STEPS[number][rt.rank], weight, asks=number == rt.rank == 2)
-    return means.end()
+    of_itself = [10.0 * number + rt.rank, -1.0]
+    means.begin(STEPS[number][rt.rank], weight, number == rt.rank == 2, of_itself)
+    values, asked, by_rank = means.end()
+    assert by_rank == [[10.0 * number + rank, -1.0] for rank in range(3)]
+    return values, asked
 
 
 def _one_after_the_other() -> list[Any]:

@@ -152,10 +152,13 @@ def test_keep_is_how_many_stay(keep: int, tmp_path: Path) -> None:
 
 
 def test_saving_by_the_clock(tmp_path: Path) -> None:
-    # Every minute of no length is over at every line of metrics (every third step).
-    config = tree(tmp_path, checkpoint={"every_steps": None, "every_minutes": 1e-9, "keep": 9})
-    assert start(config, 2) == "done"
-    assert [event["step"] for event in events(tmp_path, "saved")] == [3, 6, 9, 12, 15, 18]
+    # Every minute of no length is over at every line of metrics (every third step); with several ranks, once their
+    # means have come: at the next step, or at the end of the epoch.
+    for ranks, steps in ((1, [3, 6, 9, 12, 15, 18]), (2, [4, 6, 10, 12, 16, 18])):
+        run_dir = tmp_path / str(ranks)
+        config = tree(run_dir, checkpoint={"every_steps": None, "every_minutes": 1e-9, "keep": 9})
+        assert start(config, ranks) == "done"
+        assert [event["step"] for event in events(run_dir, "saved")] == steps
 
 
 def test_metrics_are_cut_where_the_run_goes_on(tmp_path: Path) -> None:

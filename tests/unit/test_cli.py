@@ -69,7 +69,7 @@ def _answers(shell: Shell, *commands: tuple[str, ...]) -> list[Any]:
 
 
 def test_help_needs_no_torch(shell: Shell) -> None:
-    verbs = ("run", "launch", "eval", "status", "export", "verify")
+    verbs = ("run", "launch", "eval", "status", "report", "export", "verify")
     for code, out, err in _answers(shell, ("--help",), *((verb, "--help") for verb in verbs)):
         assert (code, err) == (0, "")
         assert out.startswith("usage: ddpkit")
@@ -138,6 +138,8 @@ def test_refusals_are_one_message_and_exit_code_2(shell: Shell) -> None:
         (("launch", "--"), "nothing to launch"),
         (("eval", "empty"), "config.yaml"),
         (("status", "empty"), "empty"),
+        (("report", "empty", "-o", "report.html"), "empty"),
+        (("report", "empty", "-o", "none/report.html"), "there is no directory"),
         (("verify", "empty"), "empty"),
         (("verify", "none"), "none"),
     ]
@@ -155,6 +157,7 @@ def test_the_names_on_the_command_line_are_a_contract() -> None:
         "launch": "--dry-run --help --launcher --nnodes --nproc-per-node --run-dir --tee --wait -h -m -o",
         "eval": "--best --dry-run --ema --help --launcher --step --tee --wait -h -o",
         "status": "--help --json -h",
+        "report": "--help -h -o",
         "export": "--best --ema --help --step -h",
         "verify": "--help -h",
     }
