@@ -230,7 +230,8 @@ class InitFrom(Section):
     """Weights to start from, out of a checkpoint that is not ddpkit's. A run that goes on has its own."""
 
     path: Annotated[str, AfterValidator(_usable_path)]
-    """The file: safetensors if it ends in .safetensors, else one of `torch.save` (.pt, .pth, .bin, .ckpt)."""
+    """The file: safetensors if it ends in .safetensors, a list of several files if in .json (`*.index.json`), else one
+    of `torch.save` (.pt, .pth, .bin, .ckpt)."""
     key: str | None = None
     """Where in the file the state dict is, dots leading further in; null: it is the file."""
     strip_prefix: str | None = None
@@ -853,7 +854,7 @@ def _value(tree: JsonValue, key: str) -> JsonValue:
 
 def _contradictions_of_the_model(tree: JsonValue) -> Iterator[_Problem]:
     path = _value(tree, "model.init_from.path")
-    if str(path).endswith(".safetensors") and _value(tree, "model.init_from.key") is not None:
+    if str(path).endswith((".safetensors", ".json")) and _value(tree, "model.init_from.key") is not None:
         yield _Problem(("model", "init_from", "key"), "a safetensors file is one state dict; leave it out")
     parallel = _value(tree, "model.parallel") or "ddp"
     belongs_to: tuple[tuple[str, str, Section | None], ...] = (

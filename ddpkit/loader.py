@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sized
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,19 +14,43 @@ from torch.utils.data import DataLoader, IterableDataset, Sampler
 from ddpkit.agree import Ranks
 from ddpkit.errors import UserError
 from ddpkit.fetching import Fetcher, LoaderOptions, SeededDataset, SeededStream, collate_of
-from ddpkit.sampler import Fetch, Pass, Plan, SampledOrder, make_order
+from ddpkit.sampler import Fetch, Pass, Plan, SampledOrder, make_order, passes_per_step
 from ddpkit.world import World
 
 log = logging.getLogger("ddpkit")
 
+_LEFT = (
+    "epoch %d of a loader was left early, after %d batches; a restart had begun it at batch %d. A loop that counts its "
+    "batches (enumerate, islice) has to count on from there: loader.done tells, before the loop"
+)
 _P = TypeVar("_P")
+
+
+class Watch(Protocol):
+    """Who wants to know where the loop over a loader is; see `ddpkit.loops`."""
+
+    def asked(self, loader: Loader) -> None:
+        """The next batch has been asked for, and not been fetched yet."""
+        ...
+
+    def fetching(self, loader: Loader, is_done: bool) -> None:
+        """A pass has been fetched (True), or workers keep us waiting for one (False, now and then)."""
+        ...
+
+    def given(self, loader: Loader) -> None:
+        """A batch is given out."""
+        ...
+
+    def ended(self, loader: Loader, is_left: bool) -> None:
+        """An iteration has come to its end, or was left before it."""
+        ...
 
 
 class Loader:
     """Iterates this rank's passes over a dataset, on from wherever it stopped.
 
     Each iteration is one epoch; the first one after a restore is the rest of the epoch that was under way. Leaving
-    it early (``break``) ends that epoch. `Runtime.loader` makes it.
+    it early (``break``) ends that epoch. One iteration can be under way at a time. `Runtime.loader` makes it.
 
     Attributes:
         epoch: the epoch of the last batch given out, or to come next.
@@ -35,8 +59,7 @@ class Loader:
         dataset: as it was given.
         options: how samples are fetched.
         current: the pass given out last; its size, and whether the optimizer steps after it.
-        on_fetch: called when a pass has been fetched (True), and now and then while workers keep us waiting for one
-            (False); set by the run that this loader feeds, which leaves from there when the ranks stop.
+        watch: of the run that this loader feeds, which saves and leaves from there.
     """
 
     def __init__(
@@ -92,9 +115,12 @@ class Loader:
         self.position = 0
         self.consumed = 0
         self.current: Pass | None = None
-        self.on_fetch: Callable[[bool], None] | None = None
+        self.watch: Watch | None = None
         self._restored = False
         self._ended = False
+        self._iteration: object | None = None
+        self._is_left = False
+        self._was_asked = False
         self._fetcher: Fetcher | None = None
 
     def __len__(self) -> int:
@@ -128,28 +154,89 @@ class Loader:
         """Whether the batch given out last was the last one of its epoch."""
         return self._ended or (self._plan is not None and self.position >= self._plan.stop)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether an iteration is under way: a batch has been given out, and the next one may be asked for."""
+        return self._iteration is not None
+
+    @property
+    def done(self) -> int:
+        """Batches of its epoch, on each rank, that a restart has found done already; 0 once an iteration has begun.
+
+        At how manieth batch the iteration to come begins: ``enumerate(loader, loader.done)``.
+        """
+        self._was_asked = True  # a loop that knows need not be warned
+        return self._begins_at() if self._restored else 0
+
+    def _begins_at(self) -> int:
+        steps = self.position // self._global_batch_size
+        return steps * passes_per_step(self._global_batch_size, self._micro_batch_size, self._world.world_size)
+
     def __iter__(self) -> Iterator[Any]:
+        return _Iteration(self._batches())
+
+    def _batches(self) -> Iterator[Any]:
         if not self._restored and self.position > 0:
             self.end_epoch()  # the iteration before this one was left early
-        self._restored = False
         if self.at_end:  # restored there
+            self._restored = False
             self.end_epoch()
             return
-        for part, batch, is_last in self._looking_ahead():
-            self.current = part
-            if part.is_last:
-                self.consumed += part.batch_stop - self.position
-                self.position = part.batch_stop
-                self._ended = is_last
-            yield self._on_device(batch)
-        self.end_epoch()
+        began_at = passes = self._begins_at()
+        self._restored = False
+        self._iteration = iteration = object()
+        try:
+            self._ask()
+            for part, batch, is_last in self._looking_ahead():
+                passes += 1
+                self.current = part
+                if part.is_last:
+                    self.consumed += part.batch_stop - self.position
+                    self.position = part.batch_stop
+                    self._ended = is_last
+                if self.watch is not None:
+                    self.watch.given(self)
+                yield self._on_device(batch)
+                if self._iteration is not iteration:
+                    raise UserError(
+                        "loader: two iterations over one loader are under way at once, and it has one position only; "
+                        "make a loader for each"
+                    )
+                self._ask()
+            self._close(is_left=False)
+        except GeneratorExit:
+            if self._iteration is iteration:
+                if began_at and not self._was_asked and self._world.is_main:
+                    log.warning(_LEFT, self.epoch, passes, began_at)
+                self._close(is_left=True)
+            raise
+
+    def _ask(self) -> None:
+        if self.watch is not None:
+            self.watch.asked(self)
+
+    def _close(self, is_left: bool) -> None:
+        self._iteration = None
+        if not is_left:
+            self.end_epoch()
+        if self.watch is not None:
+            self.watch.ended(self, is_left)
 
     def end_epoch(self) -> None:
         """Go to the start of the next epoch, unless nothing of this one was taken."""
         if self.position > 0 or self._ended:
             self.epoch += 1
             self.position = 0
-        self._ended = False
+        self._ended = self._is_left = False
+
+    def leave(self) -> None:
+        """Nothing more of this epoch will be asked for: a restart is to begin with the next one."""
+        self._is_left = self.position > 0
+
+    def rewind(self) -> None:
+        """Forget what has been given out: a run begins, and a batch that was only looked at is none of it."""
+        self.epoch = self.position = self.consumed = 0
+        self._ended, self._is_left, self.current, self._iteration = False, False, None, None
 
     def take_back(self) -> None:
         """Stand before the global batch of the pass given out last, which comes again then; for a state to be saved."""
@@ -162,10 +249,10 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """The position, as samples over all ranks: it means the same at any world size."""
         return {
-            "epoch": self.epoch,
-            "position": self.position,
+            "epoch": self.epoch + self._is_left,
+            "position": 0 if self._is_left else self.position,
             "consumed": self.consumed,
-            "at_end": self.at_end,
+            "at_end": self.at_end and not self._is_left,
             "world_size": self._world.world_size,
             "micro_batch_size": self._micro_batch_size,
             "length": len(self.dataset) if self._plan else None,
@@ -175,7 +262,7 @@ class Loader:
         """Have the next iteration go on at a saved position."""
         self.epoch, self.position, self.consumed = state["epoch"], state["position"], state["consumed"]
         self._ended = bool(state["at_end"])
-        self._restored = True
+        self._restored, self._iteration, self._is_left = True, None, False
         if self._plan and self.position and self._world.is_main:
             length, now = state["length"], len(self.dataset)
             if length != now:
@@ -210,13 +297,13 @@ class Loader:
     def _stoppable(self, passes: Iterator[_P]) -> Iterator[_P]:
         """Between the fetch, in which ranks do not need each other, and what follows, in which they do."""
         for each in passes:
-            if self.on_fetch is not None:
-                self.on_fetch(True)
+            if self.watch is not None:
+                self.watch.fetching(self, True)
             yield each
 
     def _while_waiting(self) -> None:
-        if self.on_fetch is not None:
-            self.on_fetch(False)
+        if self.watch is not None:
+            self.watch.fetching(self, False)
 
     def _fetched(self) -> Iterator[tuple[Pass, Any]]:
         if self._plan is None:
@@ -286,6 +373,29 @@ class Loader:
         if self._device.type == "cpu":
             return batch
         return tree_map(lambda leaf: leaf.to(self._device, non_blocking=True) if hasattr(leaf, "to") else leaf, batch)
+
+
+class _Iteration(Iterator[Any]):
+    """What a loop asks for batches. One that has failed says so if it is asked again, and does not seem to be done."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self._failure: Exception | None = None
+
+    def __next__(self) -> Any:
+        if self._failure is not None:
+            raise UserError(
+                f"loader: its last batch could not be had ({type(self._failure).__name__}: {self._failure}), and it "
+                "cannot go on without it: on other ranks the batch may be there. Have the dataset's __getitem__, or "
+                "collate_fn, deal with samples that fail"
+            ) from self._failure
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self._failure = error
+            raise
 
 
 class _Fetches:

@@ -154,6 +154,7 @@ def fit(
         callbacks=callbacks,
         log_every=log_every,
         attempt=attempt,
+        is_fit=True,
     ) as run:
         run.is_to_last(max_steps=max_steps, epochs=epochs)
         if evaluation is not None:

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -51,10 +52,25 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
+def digest(module: nn.Module) -> str:
+    """What its parameters and buffers are, bit by bit, in a few characters."""
+    found = xxhash.xxh3_128()
+    for tensor in chain(module.parameters(), module.buffers()):
+        if not is_lazy(tensor):
+            # As bytes: not every type of torch's has a counterpart in numpy.
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 has spread the model, or a part of it; see `ddpkit.sharding`."""
+    return any(is_unit(part) for part in model.modules())
+
+
+def is_unit(part: nn.Module) -> bool:
+    """Whether a module's parameters are gathered and forgotten by FSDP2 together."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # takes long to import, and where it was not, nothing is spread
-    return fsdp is not None and any(isinstance(part, fsdp.FSDPModule) for part in model.modules())
+    return fsdp is not None and isinstance(part, fsdp.FSDPModule)
 
 
 def reshard(model: nn.Module) -> None:

@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
 
 from ddpkit.agree import Ranks
 from ddpkit.checkpoint.shards import is_spread
 from ddpkit.generators import HostGenerators
-from ddpkit.model import is_sharded, reshard, unsynced, unwrap
+from ddpkit.model import is_unit, reshard, unsynced, unwrap
 from ddpkit.optimizing import are_finite
 from ddpkit.sampler import Pass
 
@@ -76,7 +78,6 @@ class Watch:
         self._ranks = ranks
         self._model = model
         self._module = unwrap(model)
-        self._is_sharded = is_sharded(model)
         self._buffers = _Buffers(self._module)
         self._generators = _Generators(device)
         self._passes: list[_Seen] = []
@@ -144,12 +145,14 @@ class Watch:
         return found
 
     def _run_again(self, function: Callable[[nn.Module, Any], Any], seen: _Seen, name: str) -> Finding | None:
-        named = {name: value for name, value in self._module.named_parameters() if value.requires_grad}
-        if self._is_sharded:  # FSDP2 has no gradients but those that it takes for a step's
-            named = {}
-        with unsynced(self._model), first_source(self._module) as source, torch.compiler.set_stance("force_eager"):
+        with (
+            unsynced(self._model),
+            _parameters_in_use(self._module) as named,
+            first_source(self._module) as source,
+            torch.compiler.set_stance("force_eager"),
+        ):
             loss = function(self._model, seen.batch)
-            # Not by backward(), which would have DDP take the gradients for those of a step.
+            # Not by backward(), which would have DDP and FSDP2 take the gradients for those of a step.
             given = torch.autograd.grad(loss, list(named.values()), allow_unused=True) if named else []
         reshard(self._model)
         bad = [name for name, value in zip(named, given, strict=True) if value is not None and not are_finite([value])]
@@ -179,8 +182,8 @@ def describe(findings: Mapping[int, Finding], gradients: Sequence[str]) -> str:
     """What all ranks have found, in words.
 
     Args:
-        findings: by rank; layers that exchange statistics spread a NaN, so the first in the order of the forward pass
-            is the one that it came from.
+        findings: by rank; layers that exchange statistics spread a NaN, forwards and backwards, so it came from the
+            rank that has it first in the order of the forward pass, or else in the gradients of most parameters.
         gradients: the parameters whose averaged gradients are not finite.
     """
     if not findings:
@@ -188,7 +191,7 @@ def describe(findings: Mapping[int, Finding], gradients: Sequence[str]) -> str:
             f"the averaged gradients of {_some(gradients)} are not finite, but every rank's passes, run again, are: it "
             "comes of their sum, or of something that is not the same twice"
         )
-    rank = min(findings, key=lambda rank: (not findings[rank].batch, findings[rank].order, rank))
+    rank = min(findings, key=lambda rank: (*_distance(findings[rank]), rank))
     found = findings[rank]
     others = [other for other in findings if other != rank]
     where = f"on rank {rank}" + (f" (and then on {', '.join(map(str, others))})" if others else "")
@@ -203,6 +206,11 @@ def describe(findings: Mapping[int, Finding], gradients: Sequence[str]) -> str:
         lines.append(f"these parameters have values that are not finite: {_some(found.parameters)}")
     lines.append(f"gradients that are not finite: {_some(found.gradients) or 'none of that rank alone'}")
     return "; ".join(lines)
+
+
+def _distance(found: Finding) -> tuple[bool, bool, int, int]:
+    """How far a rank's finding is from where it all began; the least is the closest."""
+    return not found.batch, found.source is None, found.order, -len(found.gradients)
 
 
 class Source:
@@ -254,6 +262,30 @@ def first_source(module: nn.Module) -> Iterator[Source]:
             handle.remove()
 
 
+@contextmanager
+def _parameters_in_use(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """What gradients can be asked for, by name; FSDP2's come in as forward passes in the block gather them."""
+    found: dict[str, Tensor] = {}
+
+    def note(path: str, part: nn.Module) -> None:
+        for name, value in part.named_parameters(prefix=path):
+            if value.requires_grad and not is_spread(value):
+                found[name] = value
+
+    note("", module)
+    units = [(path, part) for path, part in module.named_modules() if is_unit(part)]
+    handles = [part.register_forward_pre_hook(partial(_noted, note, path)) for path, part in units]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _noted(note: Callable[[str, nn.Module], None], path: str, part: nn.Module, args: Any) -> None:
+    note(path, part)
+
+
 @dataclass
 class _Seen:
     """A pass of the step under way, for as long as it may have to be run again."""
@@ -265,33 +297,83 @@ class _Seen:
 
 
 class _Buffers:
-    """Copies of a module's buffers (running statistics) from before a step; after the first, of those that change."""
+    """A module's buffers (running statistics) as they were before a step.
+
+    Most change in every step, or never do (masks, tables). Of those a copy is made once, and they are looked at for a
+    change that torch has counted since.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._buffers = list(module.buffers())
-        self._copies: list[Tensor] = []
-        self._has_all = True
+        # Batch normalisation changes its statistics without being counted, and may begin to do so at any time.
+        self._kept = [
+            _Kept(part._buffers, name, moves=isinstance(part, _NormBase))
+            for part in module.modules()
+            for name in part._buffers
+        ]
+        self._knows_what_moves = False
 
     def keep(self) -> None:
         """Copy them."""
-        if not self._copies:
-            self._copies = [buffer.clone() for buffer in self._buffers]
-        elif self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)
+        for kept in self._kept:
+            kept.look()
+        copies = [kept.copy for kept in self._kept if kept.moves and kept.copy is not None]
+        if copies:
+            torch._foreach_copy_(copies, [kept.buffer for kept in self._kept if kept.moves and kept.buffer is not None])
 
     def restore(self) -> None:
         """Have them as they were."""
-        if self._buffers:
-            with torch.no_grad():
-                torch._foreach_copy_(self._buffers, self._copies)
+        with torch.no_grad():
+            for kept in self._kept:
+                kept.restore()
 
     def note_changes(self) -> None:
-        """The step was taken. By values, once: torch's counts of changes leave batch normalisation out."""
-        if self._has_all:
-            pairs = zip(self._buffers, self._copies, strict=True)
-            changing = [(buffer, copied) for buffer, copied in pairs if not torch.equal(buffer, copied)]
-            self._buffers, self._copies = [buffer for buffer, _ in changing], [copied for _, copied in changing]
-            self._has_all = False
+        """The step was taken. By values, once: some kernels change what they are given without being counted."""
+        if not self._knows_what_moves:
+            self._knows_what_moves = True
+            for kept in self._kept:
+                kept.moves = kept.moves or kept.differs()
+
+
+class _Kept:
+    """A buffer and a copy of it.
+
+    Args:
+        owner: the buffers of its module.
+        name: of this one.
+        moves: whether it may change in each step without torch's count telling.
+    """
+
+    __slots__ = ("_name", "_owner", "_version", "buffer", "copy", "moves")
+
+    def __init__(self, owner: dict[str, Tensor | None], name: str, moves: bool) -> None:
+        self._owner = owner
+        self._name = name
+        self.moves = moves
+        self.buffer: Tensor | None = None
+        self.copy: Tensor | None = None
+        self._version = 0
+
+    def look(self) -> None:
+        """Have a new copy if the buffer is another tensor than before, or has been changed."""
+        buffer = self._owner.get(self._name)
+        if buffer is self.buffer and (buffer is None or self.moves or buffer._version == self._version):
+            return
+        self.buffer, self.copy = buffer, None
+        if buffer is not None:
+            self.copy = buffer.detach().clone()
+            self._version = buffer._version
+
+    def differs(self) -> bool:
+        """Whether its value is not that of the copy."""
+        return self.buffer is not None and self.copy is not None and not torch.equal(self.buffer, self.copy)
+
+    def restore(self) -> None:
+        """Have the module have the tensor that it had, with the value that it had."""
+        buffer, self._owner[self._name] = self.buffer, self.buffer
+        # A constant may be a view that cannot be written to.
+        if buffer is not None and self.copy is not None and (self.moves or buffer._version != self._version):
+            buffer.copy_(self.copy)
+            self._version = buffer._version
 
 
 class _Generators:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +30,15 @@ def recompute_activations(module: nn.Module, patterns: Sequence[str], key: str =
     """
     for _, part in list(chosen(module, patterns, key)):
         # Partial objects and bound methods, of which a deep copy of the module gets its own; a closure would not be.
-        part.forward = partial(checkpoint, part.forward, use_reentrant=False, context_fn=partial(_contexts, part))
+        part.forward = partial(_recomputed, part, part.forward)
     return module
+
+
+def _recomputed(part: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        # The compiler chooses what to compute again, changes buffers once, and takes no other contexts.
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, part), **kwargs)
 
 
 def _contexts(part: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

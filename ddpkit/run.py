@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from ddpkit.checkpoint.store import CheckpointStore, Loaded, Snapshot
 from ddpkit.errors import EXIT_STOPPED, NotFinite, SaveFailed, UserError
 from ddpkit.ledger import EVALUATION, SAVING, Ledger
 from ddpkit.loader import Loader
+from ddpkit.loops import Loops
 from ddpkit.means import RankMeans
 from ddpkit.measuring import Gauges, StepClock
 from ddpkit.model import unsynced, unwrap
@@ -143,13 +144,15 @@ class Run:
         log_every: int = 10,
         attempt: Attempt = Attempt(),
         wait_for_claim_s: float = 15.0,
+        is_fit: bool = False,
     ) -> None:
         _check_objects(objects)
         self.progress = Progress()
         self._rt = rt
         self._run_dir = run_dir
         self._objects = dict(objects)
-        self._loader = next((item for item in objects.values() if isinstance(item, Loader)), None)
+        self._loaders = [item for item in objects.values() if isinstance(item, Loader)]
+        self._loader = self._loaders[0] if self._loaders else None
         self._every_steps = every_steps
         self._every_minutes = every_minutes
         self._keep = keep
@@ -169,8 +172,10 @@ class Run:
         self._line: _Line | None = None  # whose means are under way
         self._tried_at = time.monotonic()
         self._save_is_due = False
-        self._in_epochs = False
+        self._loops = Loops(self._loader, _keeps_place(objects))
+        self._is_fit = is_fit
         self._counted: Pass | None = None
+        self._is_ended = True  # nothing has been done yet that is not saved
         self._length: tuple[int | None, int | None] = (None, None)
         self._clock = StepClock(rt.device)
         self._gauges = Gauges(rt.device, [item for item in objects.values() if isinstance(item, nn.Module)])
@@ -184,6 +189,7 @@ class Run:
 
     def __enter__(self) -> Run:
         ranks = self._rt.ranks
+        self._stack.callback(self._means.close)
         try:
             ranks.on_main("run_dir", self._take_directory)
             self._recorder = Recorder(self._run_dir, self._rt.is_main, self._attempt.number)
@@ -219,21 +225,24 @@ class Run:
         except BaseException:
             self._stack.close()
             raise
-        if self._loader is not None:
-            self._loader.on_fetch = self._on_fetch
+        for loader in self._loaders:
+            loader.watch = self
         self._clock.begin(is_recorded=self.records_next_step)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
+        for loader in self._loaders:
+            loader.watch = None
+        if error is None:
+            with self._stack:
+                self._end_with_script()
+            return
+        if not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
             self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
         else:
             self._write_line()
-        self._means.close()
-        if self._loader is not None:
-            self._loader.on_fetch = None
         self._stack.__exit__(kind, error, trace)
 
     @property
@@ -257,12 +266,13 @@ class Run:
         """Count epochs from where the run stands up to ``count``; save and stop between them where that is due.
 
         What a script does after its inner loop (validation, a scheduler's step) belongs to the epoch: it is done
-        before the epoch's last step is saved, so that a restart neither repeats nor skips it. At the end the run is
-        saved. Collective at every turn.
+        before the epoch's last step is saved, so that a restart neither repeats nor skips it. A restart in the middle
+        of an epoch comes to that epoch's beginning again, and its loop goes on at the batch where it stopped. At the
+        end the run is saved. Collective at every turn.
         """
         self.is_to_last(epochs=count)
         while self.progress.epoch < count and self.ended_early is None:
-            self._in_epochs = True
+            self._loops.begin_epoch()
             self.begin_epoch()
             yield self.progress.epoch
             self.end_epoch(is_last=self.progress.epoch + 1 >= count)
@@ -274,7 +284,7 @@ class Run:
 
         Without it they are averaged in each, which gives the same, later.
         """
-        part = self._loader.current if self._loader is not None else None
+        part = self._loops.part
         with ExitStack() as stack:
             if part is not None and not part.is_last:
                 for model in self._objects.values():
@@ -285,15 +295,21 @@ class Run:
     def backward(self, loss: torch.Tensor) -> None:
         """Backward pass weighted by this rank's share, so that the gradient is the mean over the global batch.
 
-        ``loss`` is the mean over the batch that the loader gave out last. Collective, as DDP's backward is.
+        ``loss`` is the mean over the batch that was given out last, of the run's loaders. Collective, as DDP's
+        backward is.
         """
-        part = self._loader.current if self._loader is not None else None
+        part = self._loops.part
         weight = 1.0 if part is None else part.weight(self._rt.world_size)
         (loss if weight == 1.0 else loss * weight).backward()  # type: ignore[no-untyped-call]  # torch's
         self.passed()
 
     def step(self, **values: Any) -> None:
         """Count an optimizer step; record, save and stop when due. Call it after ``optimizer.step()``. Collective.
+
+        The run is saved, and stops, where the loop over the loader begins its next turn: what a script does between
+        this call and there belongs to the step. With several loaders that is the outermost loop's; see `ddpkit.loops`.
+        The end of an epoch's loop is part of the epoch's end. A run without a loader is saved here, but in
+        `epochs` at their ends only, unless something else in it can be iterated and has a state.
 
         Where the loader has a ``micro_batch_size``, a step takes several batches, and the optimizer steps, and this is
         called, after the last of them: ``if loader.current.is_last:``.
@@ -305,17 +321,22 @@ class Run:
         Raises:
             StopRequested: all ranks have agreed to stop; the state is saved. It ends a script with exit code 75.
             SaveFailed: saving has failed too often in a row.
-            UserError: called in the middle of a step's batches.
+            UserError: called in the middle of a step's batches, or the batch is of a loader that the run does not know.
         """
-        part = self._loader.current if self._loader is not None else None
-        if part is not None and not part.is_last:
+        if self._loops.is_mid_step:
             raise UserError(
                 "run.step: called after a batch that is not the last of its optimizer step. With micro_batch_size a "
                 "step takes several batches: call run.backward(loss) after each, and optimizer.step(), zero_grad() and "
                 "run.step() only `if loader.current.is_last:`"
             )
+        if self._rt.feeds_from_outside(self._loaders):
+            raise UserError(
+                "run.step: the batches come from a loader that is not part of the run, so a restart would not know "
+                "where it stopped; give it to rt.resume(..., loader=loader)"
+            )
         self.count(values)
-        self.boundary()
+        if self._loops.counted():
+            self.boundary()
 
     def record(self, kind: str, values: Mapping[str, float], **clock: float) -> None:
         """Write a line of metrics for the present step.
@@ -330,11 +351,8 @@ class Run:
             self._write(kind, values, clock)
             return
         self.evaluated({name: _number(value) for name, value in values.items()}, **clock)
-        # In the middle of an epoch nothing else belongs to this step. At an epoch's end more may, and is saved with it.
-        loader = self._loader
-        is_between_steps = loader is not None and loader.current is self._counted
-        if self._save_is_due and is_between_steps and not (self._in_epochs and loader is not None and loader.at_end):
-            self._save()
+        if self._save_is_due and not self._is_fit and self._loops.is_alone:
+            self._save()  # the next step's boundary is too late for it
 
     def note(self, **values: Any) -> None:
         """Add to the values of the step under way (in ``on_step_end``: just done); as in `step`, means are recorded."""
@@ -402,7 +420,8 @@ class Run:
             NotFinite: that were too many; the state before this step is saved.
         """
         self.let_go(fault, at_most)
-        self.boundary()
+        if self._loops.counted():
+            self.boundary()
 
     def let_go(self, fault: Fault, at_most: int) -> None:
         """The first half of `skip`: count it, or end the run."""
@@ -416,15 +435,12 @@ class Run:
         self._warn(f"step {self.progress.step + 1} was skipped: {fault.text}")
 
     def boundary(self, may_stop: bool = True) -> None:
-        """The second half of `step`: save when due, stop when agreed."""
-        # An epoch's last step is saved by `end_epoch`, when the work that belongs to the epoch has been done too.
-        if self._in_epochs and self._loader is not None and self._loader.at_end:
-            return
+        """The second half of `step`: save when due, stop when agreed. Collective."""
         if self._save_is_due:
             self._save()
         if may_stop and (reason := self._rt.stop.poll()) is not None:
             self.leave(reason)
-        self._rt.heartbeat.phase = "loading"  # what comes next; `_on_fetch` ends it
+        self._rt.heartbeat.phase = "loading"  # what comes next; `fetching` ends it
         self._clock.begin(is_recorded=self.records_next_step)
         self._step_began = self._clock.now
 
@@ -448,12 +464,12 @@ class Run:
         self._write_line()
         self._callbacks.tell("on_epoch_end", self)
         self._agree_on_end(self._rt.ranks.exchange("end of an epoch", self._asks_to_end))
-        self._in_epochs = False
-        for loader in self._objects.values():
-            if isinstance(loader, Loader):
+        for loader in self._loaders:
+            if self._is_fit or not loader.is_open:
                 loader.end_epoch()
         self.progress.epoch += 1
-        self.boundary(may_stop=not is_last and self.ended_early is None)
+        if self._loops.end_epoch():
+            self.boundary(may_stop=not is_last and self.ended_early is None)
 
     def evaluated(self, values: Mapping[str, float], **clock: float) -> None:
         """The present step has been evaluated: record it, and see what follows from it. Collective.
@@ -514,11 +530,44 @@ class Run:
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
         self._save(must=True)
+        self._is_ended = True
         early = self.ended_early
         self._recorder.event("finished", step=self.progress.step, **({} if early is None else {"reason": early}))
         if early is not None and self._rt.is_main:
             log.info("ends early at step %d: %s", self.progress.step, early)
         self._callbacks.tell("on_end", self, early)
+
+    # -- what the run's loaders tell; `fit` knows by itself where its loop is ----------------------------------------
+
+    def asked(self, loader: Loader) -> None:
+        """The next batch has been asked for, and not been fetched yet."""
+        if not self._is_fit and self._loops.asked(loader):
+            self.boundary()
+
+    def fetching(self, loader: Loader, is_done: bool) -> None:
+        """What comes of a fetch: before an optimizer step has begun, a stop may take place here too."""
+        if is_done:
+            self._clock.fetched()
+        # Once a pass of the step has been given out, its samples would be lost.
+        if not (loader.current is self._counted if self._is_fit else self._loops.may_stop(loader)):
+            return
+        stop = self._rt.stop
+        # Nothing that a rank does for others comes after a fetch without a poll: the wait for one may be left.
+        if (reason := stop.poll() if is_done else stop.look()) is not None:
+            self.leave(reason)
+        if is_done:
+            self._rt.heartbeat.phase = "training"
+
+    def given(self, loader: Loader) -> None:
+        """A batch is given out."""
+        self._rt.heartbeat.beat()  # there may be many before the next poll
+        if not self._is_fit:
+            self._loops.given(loader)
+
+    def ended(self, loader: Loader, is_left: bool) -> None:
+        """An iteration has come to its end, or was left before it; `fit` still has work that belongs to its epoch."""
+        if not self._is_fit:
+            self._loops.ended(loader, is_left)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -546,26 +595,18 @@ class Run:
         self._asks_to_end = None
         self.progress.ended = self.progress.ended or next((reason for reason in asked if reason), None)
 
-    def _on_fetch(self, is_done: bool) -> None:
-        """What the loader calls around a fetch: before an optimizer step has begun, a stop may take place here too.
-
-        Not once a pass of the step has been given out (also by a loader beside a second one): its samples would be
-        lost. Not in the work of an epoch's end.
-        """
-        loader = self._loader
-        assert loader is not None  # it calls
-        if is_done:
-            self._clock.fetched()
-        if loader.current is not self._counted or (self._in_epochs and loader.at_end):
+    def _end_with_script(self) -> None:
+        """Keep what a script has done since the newest save, when it comes to its end by itself. Collective."""
+        self._write_line()
+        if self._is_ended:
             return
-        stop = self._rt.stop
-        # Nothing that a rank does for others comes after a fetch without a poll: the wait for one may be left.
-        if (reason := stop.poll() if is_done else stop.look()) is not None:
-            self.leave(reason)
-        if is_done:
-            self._rt.heartbeat.phase = "training"
+        if not self._loops.is_in_epoch:
+            self.finish()
+        elif self._loops.is_between_steps:  # it has left its loop over epochs, and may go on with it in another start
+            self._save(must=True)
 
     def _note_samples(self) -> None:
+        self._is_ended = False
         if self._loader is not None:
             self.progress.samples = self._loader.consumed
             self._counted = self._loader.current
@@ -585,6 +626,7 @@ class Run:
 
     def _tell_step(self) -> None:
         heartbeat = self._rt.heartbeat
+        heartbeat.beat()
         heartbeat.step = self.progress.step
         heartbeat.phase = "training"
         self._clock.updated()
@@ -593,7 +635,7 @@ class Run:
             self._step_began = None
 
     def _record_step(self, values: dict[str, Any], weight: float | None) -> None:
-        part = self._loader.current if self._loader is not None else None
+        part = self._loops.part
         if weight is None:
             weight = 1.0 if part is None else float(part.size)
         late = self._every_minutes is not None and time.monotonic() - self._tried_at > self._every_minutes * 60
@@ -642,8 +684,12 @@ class Run:
         self._write_line()
         self._save_is_due = False
         self._tried_at = began = time.monotonic()
-        with self._rt.heartbeat.during("saving"):
-            self._saver.save(asdict(self.progress), self._snapshot_to_save, must=must)
+        try:
+            with self._rt.heartbeat.during("saving"):
+                self._saver.save(asdict(self.progress), self._snapshot_to_save, must=must)
+        except BaseException:
+            self._is_ended = True  # whoever goes on after that: the script's end cannot be saved either
+            raise
         self._ledger.away(SAVING, time.monotonic() - began)
 
     def _snapshot_to_save(self) -> Snapshot:
@@ -676,6 +722,9 @@ class Run:
         """Say now what cannot be saved, not after the first hour."""
         snapshot = self._snapshot()
         pack({**snapshot.main, **snapshot.replicated})
+        self._rt.check_same_parameters(
+            {name: item for name, item in self._objects.items() if isinstance(item, nn.Module)}
+        )
 
     def _restore(self) -> None:
         parameters = {
@@ -686,6 +735,9 @@ class Run:
         loaded = self._store.load_newest(into=parameters)
         if loaded is not None:
             self._take_up(loaded)
+        else:
+            for loader in self._loaders:
+                loader.rewind()
         progress = self.progress
         progress.best = None if self._best is None else asdict(self._best)
         left = self._recorder.open_metrics(progress.step, evaluated=progress.evaluated == progress.step)
@@ -760,6 +812,11 @@ class Run:
 
 def _number(value: Any) -> float:
     return float(value.detach() if isinstance(value, torch.Tensor) else value)  # a loss as it comes: it has a graph
+
+
+def _keeps_place(objects: Mapping[str, Any]) -> bool:
+    """Whether one of them, a data loader of somebody else's that has a state, knows how far an epoch is."""
+    return any(isinstance(item, Iterable) and not isinstance(item, (nn.Module, Loader)) for item in objects.values())
 
 
 def _check_objects(objects: Mapping[str, Any]) -> None:

@@ -100,7 +100,12 @@ def _clearml(place: Place) -> dict[str, Any]:
 
 
 def _dvclive(place: Place) -> dict[str, Any]:
-    return {"dir": str(place.run_dir / "dvclive"), "resume": place.goes_on}
+    # Its dvc.yaml would otherwise be in the current directory, one for all runs there.
+    return {
+        "dir": str(place.run_dir / "dvclive"),
+        "dvcyaml": str(place.run_dir / "dvc.yaml"),
+        "resume": place.goes_on,
+    }
 
 
 def _swanlab(place: Place) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -95,6 +96,7 @@ class Runtime:
         self._timeout_s = timeout_s
         self._stack = ExitStack()
         self._loaders: list[Loader] = []
+        self._wrapped = weakref.WeakSet[nn.Module]()  # not kept alive: what DDP holds must end with the group
         self._threads = 0
         self._has_own_stream = False
         self._entry = 0
@@ -176,6 +178,7 @@ class Runtime:
             raise UserError(f"wrap: parallel={parallel!r}; choose one of {', '.join(_WAYS)}")
         wrapped = _WAYS[parallel](self, module, sync_batchnorm, **options)
         self._stack.callback(models.release, wrapped)
+        self._wrapped.add(wrapped)
         if not self._has_own_stream:  # once: a second model must not have the same numbers drawn again
             seed_generators(derive(self.seed, "rank", self.rank))
             self._has_own_stream = True
@@ -459,6 +462,34 @@ class Runtime:
             note_requeue: writes down that the job comes back; see `requeue.ask`.
         """
         self._has_begun, self._run_dir, self._note_requeue = True, run_dir, note_requeue
+
+    def feeds_from_outside(self, known: Sequence[Loader]) -> bool:
+        """Whether a loop over a loader of this runtime is under way, and over none of those that are ``known``."""
+        is_open = [loader for loader in self._loaders if loader.is_open]
+        return bool(is_open) and not any(loader in known for loader in is_open)
+
+    def check_same_parameters(self, modules: Mapping[str, nn.Module]) -> None:
+        """Raise UserError, on all ranks, if a module that nobody has wrapped differs between them. Collective."""
+        if self.world_size == 1:
+            return
+        own = {
+            name: models.digest(module)
+            for name, module in modules.items()
+            if not (module in self._wrapped or models.is_sharded(module))
+        }
+
+        def differing(told: list[dict[str, str]]) -> dict[str, list[int]]:
+            return {
+                name: [rank for rank, each in enumerate(told) if each.get(name) != digest]
+                for name, digest in told[0].items()
+            }
+
+        for name, odd in self.ranks.conclude("parameters of modules that are not wrapped", own, differing).items():
+            if odd:
+                raise UserError(
+                    f"resume: {name} is not wrapped, and its parameters on ranks {odd} are not those of rank 0. Give "
+                    "it to rt.wrap, or make it before the first rt.wrap: from there the ranks draw different numbers"
+                )
 
     def leave(self, reason: str) -> NoReturn:
         """Leave, as all ranks have agreed; what there was to save is saved. Collective.

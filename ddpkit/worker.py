@@ -119,8 +119,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt, terminal: int | None = 
     evaluation = _evaluation(rt, config)
     data, options = config.data, _loader_options(rt, config.data.loader)
     micro_batch_size = _micro_batch_size(rt, config, module, train_set, options)
-    if config.model.compile:
-        module.compile(**(config.model.compile if isinstance(config.model.compile, dict) else {}))
+    _compile(module, config.model.compile)
     model, average = _wrapped(rt, config, module)
     optimizer = _optimizer(config, module)
     loader = rt.loader(
@@ -227,6 +226,15 @@ def _module(config: Config) -> nn.Module:
     if config.model.channels_last:
         channels_last(module)
     return Precision.named(config.train.precision).convert(module)
+
+
+def _compile(module: nn.Module, options: bool | Mapping[str, Any]) -> None:
+    if options is False:
+        return
+    try:
+        module.compile(**({} if options is True else options))
+    except (TypeError, RuntimeError) as error:  # an option, mode or backend that there is none of
+        raise ConfigError(f"model.compile: {error}") from error
 
 
 def _micro_batch_size(

@@ -108,11 +108,15 @@ def count_saved(run_dir: Path) -> int:
     return count
 
 
-def report_failure(failures: tuple[Failure, ...], attempt: AttemptFile | None) -> str:
+def report_failure(
+    failures: tuple[Failure, ...],
+    attempt: AttemptFile | None,
+    without_logs: str = "run with --run-dir DIR to keep each rank's output",
+) -> str:
     """The failure report as text: the cause once, its consequences in a line each; also kept as failure.json."""
     first, *others = failures
     logs = str(attempt.log_dir / f"rank-{first.rank}.log") if attempt is not None else None
-    advice = "its output: " + logs if logs else "run with --run-dir DIR to keep each rank's output"
+    advice = "its output: " + logs if logs else without_logs
     said = _first_line(first) if first.traceback else first.message  # the rest of it is in the traceback
     lines = [f"rank {first.rank} on {first.host} failed: {_with_kind(first, said)}"]
     if first.traceback:

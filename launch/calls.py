@@ -160,7 +160,7 @@ def _call(
 
 
 def _raise(failures: tuple[Failure, ...]) -> None:
-    raise exception_of(failures, report_failure(failures, None))
+    raise exception_of(failures, report_failure(failures, None, "tee_all=True shows each rank's output"))
 
 
 def exception_of(failures: tuple[Failure, ...], report: str) -> BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -93,8 +94,11 @@ class Output:
             target = sys.stdout if stream == "stdout" else sys.stderr
             target.flush()
             try:
-                descriptor = target.fileno()
-            except (OSError, ValueError):  # a notebook's, a test's
+                # A notebook's has one too: of the terminal in which its server was started.
+                descriptor = target.fileno() if isinstance(target, io.TextIOWrapper) else None
+            except (OSError, ValueError):  # a test's
+                descriptor = None
+            if descriptor is None:
                 target.write(data.decode(errors="replace"))
                 return
             view = memoryview(data)

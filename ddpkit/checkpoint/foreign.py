@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import zipfile
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ddpkit.checkpoint import manifest
 from ddpkit.errors import UserError, nearest
 from ddpkit.model import retie, tied_names, unwrap
 
@@ -23,6 +25,7 @@ from ddpkit.model import retie, tied_names, unwrap
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _PARALLEL = "module."  # what DataParallel and DDP put in front
 _MOST_LINES = 40  # of each part of the table, and of a refusal
+_USUAL_KEYS = ("state_dict", "model", "model_state_dict")  # of files with more than weights
 _DEEPEST = 3  # levels at which a state dict is looked for, to name it
 
 
@@ -77,12 +80,14 @@ def load_weights(
 
     Args:
         model: yours; in a DDP already, the caller sees to it that all ranks load the same.
-        path: a safetensors file if it ends in .safetensors, and else one of `torch.save` (.pt, .pth, .bin, .ckpt).
+        path: a safetensors file if it ends in .safetensors, the list of several files that Hugging Face's libraries
+            write if it ends in .json, and else a file of `torch.save` (.pt, .pth, .bin, .ckpt).
         key: where in the file the state dict is, dots leading further in ("state_dict", "ema.model").
         strip_prefix: taken off the names in the file that begin with it.
         rename: regular expressions, and what takes the place of what they find: one after the other, as `re.sub` does.
         strict: refuse names in the model that the file lacks, and names in the file that the model lacks.
-        skip_mismatched: leave out tensors of other shapes than the model's, instead of refusing them.
+        skip_mismatched: leave out tensors of other shapes than the model's (or complex for real), instead of refusing
+            them.
 
     Returns:
         What was taken, renamed, skipped, and what is missing.
@@ -130,7 +135,7 @@ def _sources(
         names = _stripped(names, strip_prefix, path)
     for pattern, replacement in rename.items():
         names = _substituted(names, pattern, replacement, path)
-    in_model = {_plain(name): name for name in own}
+    in_model = {plain: name for name, plain in _plain_names(own, names.values()).items()}
     sources: dict[str, str] = {}
     for source, name in names.items():
         name = in_model.get(name, name)
@@ -140,10 +145,10 @@ def _sources(
     return sources
 
 
-def _plain_names(state: Iterable[str], own: Iterable[str]) -> dict[str, str]:
-    """The names in the file without what wrappers have added; ``module.`` counts as added if the model lacks it."""
+def _plain_names(state: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """The names without what wrappers have added; ``module.`` counts as added if the others lack it."""
     names = {name: _plain(name) for name in state}
-    depth = _common_depth(names.values()) - _common_depth(map(_plain, own))
+    depth = _common_depth(names.values()) - _common_depth(map(_plain, others))
     return {name: plain[max(depth, 0) * len(_PARALLEL) :] for name, plain in names.items()}
 
 
@@ -188,7 +193,7 @@ def _substituted(names: Mapping[str, str], pattern: str, replacement: str, path:
 def _left_out(
     state: Mapping[str, Any], own: Mapping[str, Any], sources: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """The names in the file of what is no tensor, and of tensors with other shapes than the model's; with reasons."""
+    """The names in the file of what is no tensor, and of tensors that do not fit the model's; with reasons."""
     skipped, mismatched = {}, {}
     for name, source in sources.items():
         value, target = state[source], own.get(name)
@@ -197,6 +202,8 @@ def _left_out(
                 skipped[source] = f"{type(value).__name__}, no tensor"
         elif isinstance(target, Tensor) and not is_lazy(target) and target.shape != value.shape:
             mismatched[source] = f"{tuple(value.shape)} in the file, {tuple(target.shape)} in the model"
+        elif isinstance(target, Tensor) and not torch.can_cast(value.dtype, target.dtype):  # complex to real, say
+            mismatched[source] = f"{value.dtype} in the file, {target.dtype} in the model"
     return skipped, mismatched
 
 
@@ -235,11 +242,34 @@ def _refuse_sharded(own: Mapping[str, Any]) -> None:
 
 def _read(path: Path, key: str | None) -> dict[str, Any]:
     """The state dict in a file, its tensors on the CPU."""
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        raise UserError(f"{path} is a directory; {_what_to_do_with(path)}")
+    if path.suffix in (".safetensors", ".json"):
         if key is not None:
-            raise UserError(f"{path}: a safetensors file is one state dict; leave key={key!r} out")
-        return _safetensors(path)
+            raise UserError(f"{path}: it is one state dict; leave key={key!r} out")
+        return _safetensors(path) if path.suffix == ".safetensors" else _in_several_files(path)
     return _under(_saved(path, key), key, path)
+
+
+def _what_to_do_with(directory: Path) -> str:
+    if (directory / ".metadata").exists():
+        command = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {directory} {directory.name}.pt"
+        return f"it is one of torch.distributed.checkpoint, whose files take a pickle. If you trust it:\n  {command}"
+    if (directory / manifest.NAME).exists():
+        return "it is a checkpoint of ddpkit: ddpkit export RUN_DIR OUT.safetensors writes its model as one file"
+    indices = sorted(path.name for path in directory.glob("*.index.json"))
+    return f"give {' or '.join(indices)} in it" if indices else "give a file in it"
+
+
+def _in_several_files(index: Path) -> dict[str, Any]:
+    """What Hugging Face's libraries write of large models: a list of which tensor is in which file beside it."""
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except FileNotFoundError:
+        raise UserError(f"{index}: there is no such file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a list of weights in several files (weight_map) that can be read") from error
+    return {name: value for file in files for name, value in _read(index.parent / file, None).items()}
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -269,31 +299,44 @@ def _why_not(path: Path, key: str | None, error: Exception) -> str:
         command = f"torch.save(torch.jit.load({str(path)!r}, map_location='cpu').state_dict(), {str(converted)!r})"
         what = "is a TorchScript program"
     elif isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
-        below = "".join(f"[{part!r}]" for part in (key or "state_dict").split("."))
-        command = (
-            f"m = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
-            f"torch.save(m.state_dict() if isinstance(m, torch.nn.Module) else m{below}, {str(converted)!r})"
-        )
+        command = _conversion(path, key, converted)
         what = f"holds objects ({found[1]}) beside tensors and plain values"
     else:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {_first_line(error)}"
+        if isinstance(error, pickle.UnpicklingError):  # whose words are advice that is none
+            reason = "torch has not written it, or it is damaged"
         return f"{path}: not a file of torch.save that can be read: {reason}"
     return (
         f"{path} {what}: loading that runs code out of the file, which ddpkit never does. If you trust the file, take "
         f'the weights out of it once, where its classes can be imported:\n  python -c "import torch; {command}"\n'
-        f"and give {converted}."
+        f"and give {converted}{'' if key is None else ', without a key'}."
+    )
+
+
+def _conversion(path: Path, key: str | None, converted: Path) -> str:
+    """What takes the tensors out of a file with objects, a whole model as they come or one among other things."""
+    if key is None:
+        there = f"next((m[k] for k in {_USUAL_KEYS} if k in m), m)"
+    else:
+        there = "m" + "".join(f"[{part!r}]" for part in key.split("."))
+    return (
+        f"m = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+        f"m = m if isinstance(m, torch.nn.Module) else {there}; "
+        "m = m.state_dict() if isinstance(m, torch.nn.Module) else m; "
+        f"torch.save({{k: v for k, v in m.items() if isinstance(v, torch.Tensor)}}, {str(converted)!r})"
     )
 
 
 def _under(content: Any, key: str | None, path: Path) -> dict[str, Any]:
     """The state dict at ``key``."""
     place = content
-    parts = [key] if key is not None and isinstance(content, Mapping) and key in content else (key or "").split(".")
+    names = [str(name) for name in content] if isinstance(content, Mapping) else []
+    parts = [key] if key in names else (key or "").split(".")
     for part in parts if key is not None else ():
-        if not isinstance(place, Mapping) or part not in place:
-            names = [str(name) for name in content] if isinstance(content, Mapping) else []
+        named = {str(name): value for name, value in place.items()} if isinstance(place, Mapping) else {}
+        if part not in named:
             raise UserError(f"{path}: there is no key {key!r} in it{nearest(key or '', names)}; {_described(content)}")
-        place = place[part]
+        place = named[part]
     if not isinstance(place, Mapping) or not any(isinstance(value, Tensor) for value in place.values()):
         where = "it" if key is None else f"its key {key!r}"
         raise UserError(f"{path}: {where} is no state dict (names and tensors); {_described(content)}")

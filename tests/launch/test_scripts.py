@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.launch.shell import ROOT, Shell
 
@@ -168,6 +169,94 @@ if dist.get_rank() == 0:
 dist.barrier()
 dist.destroy_process_group()
 """
+
+
+TRAINING = """
+import json, os, sys, torch
+from torch import nn
+
+torch.manual_seed(0)
+inputs = torch.randn(32, 4)
+data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+net = nn.Linear(4, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+def end(weight, rank, world_size):
+    with open(f"{sys.argv[1]}-{rank}.json", "w") as file:
+        json.dump([world_size, weight.detach().flatten().tolist()], file)
+"""
+
+ALONE = """
+for epoch in range(2):
+    for x, y in torch.utils.data.DataLoader(data, batch_size=8):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        optimizer.step()
+end(net.weight, 0, 1)
+"""
+
+BY_HAND = """
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data.distributed import DistributedSampler
+dist.init_process_group("gloo")
+model = DistributedDataParallel(net)
+sampler = DistributedSampler(data, shuffle=False)
+for epoch in range(2):
+    sampler.set_epoch(epoch)
+    for x, y in torch.utils.data.DataLoader(data, batch_size=4, sampler=sampler):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+end(model.module.weight, dist.get_rank(), dist.get_world_size())
+dist.destroy_process_group()
+"""
+
+ACCELERATE = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+loader = torch.utils.data.DataLoader(data, batch_size=4)
+model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+for epoch in range(2):
+    for x, y in loader:
+        optimizer.zero_grad()
+        accelerator.backward(nn.functional.mse_loss(model(x), y))
+        optimizer.step()
+end(accelerator.unwrap_model(model).weight, accelerator.process_index, accelerator.num_processes)
+"""
+
+FABRIC = """
+from lightning_fabric import Fabric
+fabric = Fabric(accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]))
+fabric.launch()
+model, optimizer = fabric.setup(net, optimizer)
+loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(data, batch_size=4))
+for epoch in range(2):
+    for x, y in loader:
+        optimizer.zero_grad()
+        fabric.backward(nn.functional.mse_loss(model(x), y))
+        optimizer.step()
+end(model.module.weight, fabric.global_rank, fabric.world_size)
+"""
+
+
+@pytest.mark.slow
+def test_scripts_of_other_libraries_run_as_they_are(shell: Shell) -> None:
+    kinds = {"by-hand": BY_HAND, "with-accelerate": ACCELERATE, "with-fabric": FABRIC}
+    weights = []
+    for kind, text in kinds.items():
+        shell.script(f"{kind}.py", TRAINING + text)
+        done = shell.run("launch", "--nproc-per-node", "2", f"{kind}.py", kind)
+        assert done.returncode == 0, done.stderr
+        ends = [json.loads((shell.cwd / f"{kind}-{rank}.json").read_text()) for rank in (0, 1)]
+        assert ends[0] == ends[1] and ends[0][0] == 2
+        weights.append(torch.tensor(ends[0][1]))
+    shell.script("one.py", TRAINING + ALONE)
+    plain = shell.run("one.py", "one", prefix=(sys.executable,))
+    assert plain.returncode == 0, plain.stderr
+    alone = torch.tensor(json.loads((shell.cwd / "one-0.json").read_text())[1])
+    for kind, weight in zip(kinds, weights, strict=True):
+        torch.testing.assert_close(weight, alone, msg=kind)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from ddpkit import worker
 from ddpkit.checkpoint.contents import load_model_tensors
 from ddpkit.checkpoint.shards import is_spread
 from ddpkit.errors import UserError
+from ddpkit.sampler import Pass
 from ddpkit.testing import run_ranks
 from tests.resume.runs import last_checkpoint, metrics, tree
 
@@ -83,6 +84,77 @@ def test_a_sharded_run_is_that_of_one_process(tmp_path: Path) -> None:
             for line, other in zip(metrics(sharded), metrics(whole), strict=True):
                 assert line.pop("kind") == other["kind"]
                 assert line == {key: pytest.approx(other[key], rel=1e-9) for key in line}
+
+
+@pytest.mark.slow
+def test_compiled_recomputed_and_averaged_it_is_the_same(tmp_path: Path) -> None:
+    compiled = {"model__compile": {"backend": "aot_eager"}, "model__activation_checkpointing": ["Linear"]}
+    for name, how in (("plain", {}), ("replicated", compiled), ("sharded", compiled | SHARDED)):
+        variant = VARIANTS["in passes"] | {"model__ema_decay": 0.5, "train__eval_ema": True}
+        run_ranks(_work, 2, [tree(tmp_path / name, **EXACT | variant | how)])
+    for name in ("replicated", "sharded"):
+        for part in ("model", "ema"):
+            ours, theirs = (load_model_tensors(last_checkpoint(tmp_path / each), part) for each in (name, "plain"))
+            _same(ours, theirs)
+
+
+class _Spoilt(torch.autograd.Function):
+    """Fine in the forward pass, and not in the backward pass of some."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, is_spoilt: bool) -> Tensor:
+        ctx.is_spoilt = is_spoilt
+        return inputs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] * (float("nan") if ctx.is_spoilt else 1.0), None
+
+
+class Backwards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.third = nn.Linear(4, 1)
+
+    def forward(self, inputs: Tensor, is_spoilt: bool) -> Tensor:
+        hidden = self.second(self.norm(self.first(inputs)))
+        output: Tensor = self.third(_Spoilt.apply(hidden, is_spoilt))  # type: ignore[no-untyped-call]  # torch's
+        return output
+
+
+def _backward_step(model: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = model(*batch).square().mean()
+    return loss
+
+
+def _faults(parallel: str) -> tuple[str, list[str]]:
+    with ddpkit.runtime(timeout_s=30) as rt:
+        how: dict[str, Any] = {"parallel": "fsdp2", "layers": ["Linear"]} if parallel == "fsdp2" else {}
+        model = rt.wrap(Backwards(), sync_batchnorm=True, **how)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        step = rt.train_step(model, optimizer, _backward_step)
+        faults = []
+        inputs = torch.randn(4, 3)
+        for is_spoilt in (True, False):
+            part = Pass(4 * rt.rank, 4 * rt.rank + 4, 0, 8, is_last=True)
+            step.accumulate((inputs, is_spoilt and rt.rank == 1), part)
+            step.update()
+            faults.append("" if step.fault is None else step.fault.text)
+        return faults[0], faults[1:]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_gradient_that_is_spoilt_in_the_backward_pass_is_traced_to_its_rank(parallel: str) -> None:
+    for fault, others in run_ranks(_faults, 2, parallel):
+        # The statistics that ranks exchange take it to rank 0, too, but not into the parameters behind them.
+        assert "on rank 1 (and then on 0), in pass 1 of 1, samples 4 to 7" in fault
+        assert "it is finite, and so is all of the forward pass" in fault
+        named = re.search("gradients that are not finite: (.*)$", fault)
+        assert named is not None
+        expected = {f"{part}.{kind}" for part in ("first", "norm", "second") for kind in ("weight", "bias")}
+        assert set(named[1].split(", ")) == expected
+        assert others == [""]
 
 
 # ---------------------------------------------------------------------- a model that no rank could hold

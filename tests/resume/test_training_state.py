@@ -283,3 +283,9 @@ def test_a_compiled_model_trains_as_the_other_and_its_faults_are_found(tmp_path:
         losses.append([line["loss"] for line in metrics(tmp_path / name) if line["kind"] == "train"])
     assert len(losses[0]) == 5
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_way_to_compile_that_there_is_none_of_is_bad_input(tmp_path: Path) -> None:
+    model = {"factory": "tests.toy:model", "args": {}, "compile": {"backend": "nope"}}
+    end = start(planted_tree(tmp_path, [], model=model), 1, errors=True)
+    assert end.startswith("ConfigError: model.compile: Invalid backend: 'nope'"), end

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -94,8 +96,13 @@ def test_wrappers_names_do_not_count(tmp_path: Path) -> None:
         found = ddpkit.load_weights(model, as_pt(wrapped.state_dict(), tmp_path / "x"))
         assert_same(model, plain.state_dict())
         assert len(found.renamed) == 9
+    model = nn.DataParallel(net())  # and the other way round
+    for state in (plain.state_dict(), nn.DataParallel(plain).state_dict(), compiled.state_dict()):
+        nn.init.zeros_(model.module.head.weight)
+        ddpkit.load_weights(model, as_pt(state, tmp_path / "x"))
+        assert_same(model.module, plain.state_dict())
     model = net()
-    model.body = torch.compile(model.body)  # and the other way round: the model's own parts are wrapped
+    model.body = torch.compile(model.body)  # the model's own parts are wrapped
     ddpkit.load_weights(model, as_pt(plain.state_dict(), tmp_path / "x"))
     assert_same(model.body._orig_mod, plain.body.state_dict())
 
@@ -123,6 +130,32 @@ def test_a_state_dict_under_a_key(key: str, tmp_path: Path) -> None:
     assert_same(model, theirs)
     assert f"is no state dict (names and tensors); give key: {key}" in refusal(model, path)
     assert "there is no key 'statedict' in it" in refusal(model, path, key="statedict")
+
+
+def test_a_key_may_be_a_number(tmp_path: Path) -> None:
+    model = net()
+    ddpkit.load_weights(model, as_pt({3: net(2).state_dict()}, tmp_path / "x"), key="3")
+    assert_same(model, net(2).state_dict())
+
+
+@pytest.mark.parametrize("write", [as_pt, as_safetensors])
+def test_weights_in_several_files(write: Callable[..., Path], tmp_path: Path) -> None:
+    theirs = net(2).state_dict()
+    parts = {
+        "one": {n: t for n, t in theirs.items() if "body" in n},
+        "two": {n: t for n, t in theirs.items() if "head" in n},
+    }
+    places = {name: write(part, tmp_path / at).name for at, part in parts.items() for name in part}
+    index = tmp_path / "model.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    model = net()
+    ddpkit.load_weights(model, index)
+    assert_same(model, theirs)
+    assert "give model.index.json in it" in refusal(model, tmp_path)
+    (tmp_path / places["head.weight"]).unlink()
+    assert "there is no such file" in refusal(model, index)
+    index.write_text("[]")
+    assert "not a list of weights in several files" in refusal(model, index)
 
 
 def test_prefixes_and_renames(tmp_path: Path) -> None:
@@ -193,6 +226,16 @@ def test_what_does_not_fit_is_refused_or_left_out(tmp_path: Path) -> None:
     assert "does not fit the model" in refusal(nn.Linear(2, 2), path, strict=False, skip_mismatched=True)
 
 
+def test_numbers_that_would_lose_a_part_of_theirs_do_not_fit(tmp_path: Path) -> None:
+    theirs = net(2).state_dict()
+    path = as_pt({**theirs, "head.bias": theirs["head.bias"].to(torch.complex64)}, tmp_path / "x")
+    assert "head.bias: torch.complex64 in the file, torch.float32 in the model" in refusal(net(), path)
+    assert "head.bias" in ddpkit.load_weights(net(), path, skip_mismatched=True).skipped
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        as_pt({name: value.to(dtype) if value.is_floating_point() else value for name, value in theirs.items()}, path)
+        ddpkit.load_weights(net(), path)
+
+
 def test_tied_weights_need_to_be_there_once(tmp_path: Path) -> None:
     torch.manual_seed(2)
     theirs = Tied().embed.weight.detach().clone()
@@ -246,16 +289,22 @@ def test_nothing_in_a_file_is_run(write: Callable[..., Path], tmp_path: Path, mo
     assert not Path("it-ran").exists()
 
 
+@pytest.mark.parametrize("case", ["alone", "among others", "under a key", "values among objects"])
 def test_a_whole_pickled_model_is_refused_with_a_way_that_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     theirs = importlib.import_module("mine").Net(3, 2)
-    path = as_pt({"args": theirs, "sd": theirs.state_dict()}, tmp_path / "x")
-    assert "isinstance(m, torch.nn.Module) else m['sd'], " in refusal(nn.Linear(3, 2), path, key="sd")
-    told = refusal(nn.Linear(3, 2), as_pt(theirs, tmp_path / "x"))
+    content, key = {
+        "alone": (theirs, None),
+        "among others": ({"epoch": 3, "model": theirs}, None),
+        "under a key": ({"a": {"net": theirs}}, "a.net"),
+        "values among objects": ({**theirs.state_dict(), "made_by": theirs}, None),
+    }[case]
+    told = refusal(nn.Linear(3, 2), as_pt(content, tmp_path / "x"), key=key)
     assert "x.pt holds objects (mine.Net) beside tensors and plain values" in told
+    assert told.endswith(f"give {tmp_path / 'x-weights.pt'}{', without a key' if key else ''}.")
     command = told.splitlines()[1].strip()
     assert command.startswith("python -c ")
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=tmp_path, check=True, timeout=60)
@@ -272,6 +321,10 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "junk.pt").write_bytes(b"hello world" * 20)
     (tmp_path / "empty.pt").touch()
+    (tmp_path / "pickled.pt").write_bytes(pickle.dumps(net().state_dict()))
+    for folder, mark in {"dcp": ".metadata", "ours": "manifest.json"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / mark).touch()
     (tmp_path / "junk.safetensors").write_bytes(b"hello world" * 20)
     for name, message in {
         "nothere.pt": "there is no such file",
@@ -281,7 +334,10 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         "empty.pt": "not a file of torch.save that can be read",
         "junk.safetensors": "not a safetensors file that can be read",
         "script.pt": "is a TorchScript program",
-        "": "not a file of torch.save that can be read: Is a directory",
+        "pickled.pt": "torch has not written it, or it is damaged",
+        "": "is a directory; give a file in it",
+        "dcp": "dcp_to_torch",
+        "ours": "ddpkit export RUN_DIR OUT.safetensors",
     }.items():
         told = refusal(model, tmp_path / name)
         assert message in told, (name, told)

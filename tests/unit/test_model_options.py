@@ -68,6 +68,19 @@ def test_a_copy_of_a_recomputing_module_is_on_its_own() -> None:
     assert [part.calls for part in module if isinstance(part, Block)] == [0, 0]
 
 
+def test_a_recomputing_module_can_be_compiled() -> None:
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()))
+
+    compiled = recompute_activations(made(), ["1"])
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    ours, theirs = trained(compiled).state_dict(), trained(made()).state_dict()
+    assert int(ours["1.1.num_batches_tracked"]) == 3
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name])
+
+
 def test_nothing_to_recompute_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"key: 'Blok' names no part of the model; its parts are 0, 1, .* Linear, Block"

@@ -194,8 +194,59 @@ def test_with_nothing_to_look_for_nothing_is_found() -> None:
         assert step.fault is None and not module.weight.isfinite().any()
 
 
-def finding(order: int, batch: list[str], source: str = "x", loss: str = "nan") -> Finding:
-    return Finding("pass 1 of 2, samples 0 to 3 of the epoch", loss, source, order, batch, [], ["w"])
+class Moody(nn.Module):
+    """Has buffers that change late, or by being replaced; one that cannot be written to; and a norm that wakes up."""
+
+    calls: Tensor
+    late: Tensor
+    replaced: Tensor
+    none_yet: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(3), nn.Linear(3, 1)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("late", torch.zeros(2))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("view", torch.zeros(1, 2).expand(3, 2))
+        self.register_buffer("none_yet", None)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        self.norm.train(self.is_awake)
+        if self.is_awake:
+            self.late += 1
+            self.replaced = self.replaced + 1
+            self.none_yet = torch.ones(1)
+        output: Tensor = self.layer(self.norm(inputs))
+        return output
+
+    @property
+    def is_awake(self) -> bool:
+        return bool(self.calls > 2)
+
+
+def test_buffers_that_change_late_or_by_being_replaced_are_restored() -> None:
+    with ddpkit.runtime() as rt:
+        module = Moody()
+        step = make(rt, module, mean_step)
+        batches = list(torch.randn(5, 4, 3))
+        for at, batch in enumerate(batches):
+            before = {name: value.clone() for name, value in module.state_dict().items()}
+            step.accumulate(batch * math.nan, whole(4))
+            step.update()
+            assert step.fault is not None
+            after = module.state_dict()
+            assert after.keys() == before.keys(), at
+            assert all(torch.equal(value, before[name]) for name, value in after.items()), at
+            step.accumulate(batch, whole(4))
+            step.update()
+            assert step.fault is None
+        assert module.get_buffer("late").tolist() == module.get_buffer("replaced").tolist() == [3.0, 3.0]
+
+
+def finding(order: int, batch: list[str], source: str | None = "x", gradients: tuple[str, ...] = ("w",)) -> Finding:
+    return Finding("pass 1 of 2, samples 0 to 3 of the epoch", "nan", source, order, batch, [], list(gradients))
 
 
 def test_of_several_ranks_the_one_it_came_from_is_named_first() -> None:
@@ -203,6 +254,10 @@ def test_of_several_ranks_the_one_it_came_from_is_named_first() -> None:
         {0: finding(5, []), 1: finding(5, []), 2: finding(1, [])}, ["w"]
     )
     assert "on rank 1 (and then on 0)" in describe({0: finding(0, []), 1: finding(3, ["[0]"])}, ["w"])
+    # A layer that exchanges statistics takes it to all ranks in the backward pass.
+    assert "on rank 1 (and then on 0)" in describe({0: finding(3, [], None), 1: finding(3, [])}, ["w"])
+    deeper = finding(3, [], None, ("w", "v"))
+    assert "on rank 1 (and then on 0)" in describe({0: finding(3, [], None), 1: deeper}, ["w", "v"])
     assert "of w are not finite, but every rank's passes, run again, are" in describe({}, ["w"])
 
 

@@ -61,6 +61,15 @@ def test_names_are_accelerates() -> None:
     assert set(services.SERVICES) == set(get_args(config.TrackerName)) == known
 
 
+def test_all_that_is_written_is_in_the_run_directory(tmp_path: Path) -> None:
+    place = services.Place(tmp_path / "runs" / "own", 0, None, goes_on=False)
+    for name, key in [("tensorboard", "logging_dir"), ("wandb", "dir"), ("aim", "logging_dir"), ("swanlab", "logdir")]:
+        assert Path(services.SERVICES[name].arguments(place)[key]).is_relative_to(place.run_dir)
+    dvclive = services.SERVICES["dvclive"].arguments(place)
+    # It leaves out what it wrote before only if that is in a folder below.
+    assert Path(dvclive["dir"]).parent == Path(dvclive["dvcyaml"]).parent == place.run_dir
+
+
 def test_every_line_is_sent_in_order_from_one_thread_of_its_own(tmp_path: Path) -> None:
     own = Own()
     send(Trackers([own], {"seed": 3, "optimizer": {"args": {"betas": [0.9], "eps": None}}}), run(tmp_path), 10, 20)
