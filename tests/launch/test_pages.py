@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,28 @@ LEFT_OUT = {
 OF_OTHERS = {"torchrun", "srun", "mpirun", "python", "launch.local(train,"}
 """How commands in the table of docs/launching.md may begin besides: tests/slurm and tests/launch start ranks by these;
 what they start, if it is ddpkit's, is checked here as well."""
+
+
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("console", "$ echo one\ntwo\n"),
+        ("console", "$ echo one; echo two\ntwo\none\n"),
+        ("console", "$ echo rank 1\nrank 2\n"),
+        ("console", "$ false\n"),
+        ("console", "$ true\n[exit code 1]\n"),
+        ("json", "{}\n"),
+    ],
+    ids=["not shown", "order", "rank", "failed", "not failed", "nobody's"],
+)
+def test_a_page_that_is_wrong(shell: Shell, language: str, text: str) -> None:
+    with pytest.raises(AssertionError):
+        pages.follow(shell, [pages.Block(language, text, "made up")])
+
+
+def test_a_page_that_is_right(shell: Shell) -> None:
+    text = "$ echo one; echo 3 of 12 in $PWD; sh -c 'exit 3'\none\n5 ... \n[exit code 3]\n"
+    pages.follow(shell, [pages.Block("console", text, "made up")])
 
 
 @pytest.mark.slow
@@ -93,3 +116,19 @@ def test_every_command_of_the_table(shell: Shell, monkeypatch: pytest.MonkeyPatc
             assert main([command[0], "--dry-run", *command[1:]]) == 0, span
         else:
             assert command[0] == "doctor" and set(command[1:]) <= {"--launcher", "torchrun"}, span
+
+
+def test_links_lead_somewhere() -> None:
+    found = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            target = page.parent / name if name else page
+            assert target.exists(), (page.name, name)
+            assert not anchor or anchor in _anchors(target), (page.name, name, anchor)
+            found += 1
+    assert found > 30
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
