@@ -248,7 +248,7 @@ Precision: TypeAlias = Literal["fp32", "bf16", "fp16"]
 
 
 class Fsdp2(Section):
-    """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`."""
+    """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`. Beside `parallel: ddp` it may lie ready."""
 
     layers: tuple[str, ...] = _list()
     """Class names, or patterns of module names, of what is gathered and forgotten as a unit: a transformer's blocks,
@@ -288,7 +288,7 @@ class Model(Factory):
     """ddp: each rank has all of it. fsdp2: each rank has a part, for models that are too large for one. accelerate: as
     a file of `accelerate config` says."""
     fsdp2: Fsdp2 = Fsdp2()
-    """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`."""
+    """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`. Beside `parallel: ddp` it may lie ready."""
     accelerate_config: Annotated[str, AfterValidator(_usable_path)] | None = None
     """A file of `accelerate config`, for `parallel: accelerate`; null: accelerate's defaults."""
     ddp: Ddp = Ddp()
@@ -862,8 +862,10 @@ def _contradictions_of_the_model(tree: JsonValue) -> Iterator[_Problem]:
         ("fsdp2", "fsdp2", Fsdp2()),
         ("accelerate_config", "accelerate", None),
     )
+    # Beside a choice that is written down, the other's section may lie ready: `-o model.parallel=fsdp2` is enough then.
+    ready = {"ddp", "fsdp2"} if _value(tree, "model.parallel") else set()
     for key, way, defaults in belongs_to:
-        if parallel != way and _differs(_value(tree, f"model.{key}"), defaults):
+        if parallel != way and not {parallel, way} <= ready and _differs(_value(tree, f"model.{key}"), defaults):
             yield _Problem(("model", key), f"it is for model.parallel: {way}; choose that, or leave it out")
     if parallel != "fsdp2":
         return

@@ -70,6 +70,7 @@ class Loader:
         device: torch.device,
         *,
         seed: int,
+        run_seed: int,
         global_batch_size: int,
         micro_batch_size: int | None,
         shuffle: bool,
@@ -102,7 +103,7 @@ class Loader:
                     f"data.train: {type(dataset).__name__} has no length; a map-style dataset needs __len__, "
                     "any other one is to subclass torch.utils.data.IterableDataset"
                 )
-            order = make_order(sampler, dataset, seed, shuffle, drop_last, world, global_batch_size)
+            order = make_order(sampler, dataset, seed, shuffle, drop_last, world, global_batch_size, run_seed)
             self._plan = Plan(order, world, seed, global_batch_size, micro_batch_size, drop_last)
             if self._plan.stop == 0:
                 raise UserError(

@@ -292,8 +292,13 @@ def make_order(
     drop_last: bool,
     world: World,
     global_batch_size: int,
+    run_seed: int,
 ) -> Order:
-    """The order that ``data.sampler`` asks for: "elastic", "distributed", or a factory called with the dataset."""
+    """The order that ``data.sampler`` asks for: "elastic", "distributed", or a factory called with the dataset.
+
+    ``seed`` is the loader's own; torch's sampler gets ``run_seed``, the run's, so that it has the order that it had in
+    the script it comes from.
+    """
     if sampler == "elastic":
         return ElasticOrder(len(dataset), seed, shuffle)
     if sampler == "distributed":
@@ -302,7 +307,7 @@ def make_order(
                 f"data.sampler: distributed gives every rank as many samples: global_batch_size={global_batch_size} "
                 f"is not a multiple of {world.world_size} ranks. Choose a multiple, or sampler: elastic."
             )
-        return DistributedOrder(dataset, seed, shuffle, drop_last, world)
+        return DistributedOrder(dataset, run_seed, shuffle, drop_last, world)
     if not (callable(sampler) or isinstance(sampler, Sampler)):
         raise UserError(
             f"data.sampler: {sampler!r} is none; give 'elastic', 'distributed', a torch Sampler, or a function of the "

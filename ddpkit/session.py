@@ -280,8 +280,8 @@ class Runtime:
                 gives out several batches for each optimizer step: ``if loader.current.is_last:`` is where to step.
             shuffle: False keeps the dataset's order.
             drop_last: leave out the incomplete last global batch; False trains it as it is.
-            sampler: "elastic", "distributed" (torch's), or a function of the dataset that gives a torch ``Sampler``
-                of the order of all samples.
+            sampler: "elastic", "distributed" (torch's, with the seed of the runtime), or a function of the dataset that
+                gives a torch ``Sampler`` of the order of all samples.
             num_workers: processes that fetch; 0 fetches in this one.
             pin_memory: None pins if the device is a GPU.
             prefetch_factor: passes that each worker fetches ahead.
@@ -298,6 +298,7 @@ class Runtime:
             self.ranks,
             self.device,
             seed=derive(self.seed, "loader", len(self._loaders)),
+            run_seed=self.seed,
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             shuffle=shuffle,

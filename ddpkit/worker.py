@@ -215,7 +215,8 @@ def _set_exactness(config: Config) -> None:
 
 
 def _module(config: Config) -> nn.Module:
-    with torch.device("meta") if config.model.fsdp2.meta_init else nullcontext():
+    is_meta = config.model.parallel == "fsdp2" and config.model.fsdp2.meta_init
+    with torch.device("meta") if is_meta else nullcontext():
         built = factories.build(config.model, key="model")
     module: nn.Module = factories.expect(built, nn.Module, "model.factory", "an nn.Module", ref=config.model.factory)
     for index, init in enumerate(config.model.init):

@@ -23,6 +23,8 @@ class Allocation(NamedTuple):
     """The Slurm job that a process is part of, however it was started there."""
 
     job_id: str
+    """As Slurm's commands take it: 7, or 7_2 in an array. The number of an array's last job is that of the whole array,
+    so by it Slurm would tell of another job, and requeue all of them."""
     restart_count: int
     """How often Slurm has started the job again, with the same id."""
     array_index: int | None
@@ -118,7 +120,10 @@ def allocation(env: Mapping[str, str]) -> Allocation | None:
     restarts = _number(env, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in env else 0  # absent at first
     index = _number(env, "SLURM_ARRAY_TASK_ID") if "SLURM_ARRAY_TASK_ID" in env else None
     ends_at = float(_number(env, "SLURM_JOB_END_TIME")) if "SLURM_JOB_END_TIME" in env else None
-    return Allocation(env["SLURM_JOB_ID"], restarts, index, ends_at)
+    job_id = env["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in env and index is not None:
+        job_id = f"{env['SLURM_ARRAY_JOB_ID']}_{index}"
+    return Allocation(job_id, restarts, index, ends_at)
 
 
 def cpus_per_task(env: Mapping[str, str]) -> int | None:

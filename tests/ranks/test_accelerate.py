@@ -98,6 +98,8 @@ def test_a_file_is_for_accelerate_only(tmp_path: Path) -> None:
         configs.from_tree(tree(tmp_path, model__accelerate_config="x.yaml"))
     with pytest.raises(ConfigError, match=r"model\.fsdp2: it is for model\.parallel: fsdp2"):
         configs.from_tree(tree(tmp_path, model__fsdp2={"layers": ["Linear"]}))
+    # Beside a choice that is written down, FSDP2's section may lie ready.
+    assert configs.from_tree(tree(tmp_path, model__fsdp2={"layers": ["Linear"]}, model__parallel="ddp"))
     with pytest.raises(ConfigError, match=r"model\.fsdp2\.cpu_offload: not with train\.precision: fp16"):
         offloaded = {"model__parallel": "fsdp2", "model__fsdp2": {"cpu_offload": True}}
         configs.from_tree(tree(tmp_path, train__precision="fp16", **offloaded))

@@ -24,6 +24,7 @@ from ddpkit.agree import RankFailed
 from ddpkit.errors import DdpkitError, StopRequested
 from ddpkit.testing import RankDied, run_ranks
 from launch.cli import main
+from tests.resume import faults
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +70,7 @@ def write(path: Path, config: Tree) -> Path:
 def _as_rank(config: Tree, attempt: int, env: dict[str, str], keep_going: bool) -> str:
     multiprocessing.set_start_method("fork", force=True)  # as in a launcher's rank; this one comes from a fork server
     os.environ.update(env | {"TOY_ATTEMPT": str(attempt)})
+    faults.watch()  # now: what the config refers to need not come from the tests
     try:
         worker.work("run", configs.to_tree(configs.from_tree(config)), {"attempt": attempt})
     except StopRequested as stop:
@@ -86,7 +88,7 @@ def start(config: Tree, ranks: int, env: dict[str, str] | None = None, attempt: 
     With ``errors`` ddpkit's own errors count as ends too, the same on every rank; otherwise they are raised.
     """
     try:
-        ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors)
+        ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors, timeout_s=110)
     except (RankDied, RankFailed, ConnectionError):
         return "killed"
     except RuntimeError as error:

@@ -59,6 +59,14 @@ def test_recomputing_changes_no_bit(patterns: list[str]) -> None:
     assert [part.calls for part in module if isinstance(part, Block)] == [6, 6]
 
 
+def test_parts_without_buffers_recompute_in_a_compiled_model() -> None:
+    module = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), nn.Linear(8, 1))
+    plain = copy.deepcopy(module)
+    recompute_activations(module, ["1"])
+    module.compile(backend="aot_eager")
+    assert_same(trained(module), trained(plain))
+
+
 def test_a_copy_of_a_recomputing_module_is_on_its_own() -> None:
     module = net()
     recompute_activations(module, ["Block"])

@@ -204,8 +204,8 @@ def test_distributed_takes_torchs_own_order_for_each_epoch(drop_last: bool) -> N
 
 def test_distributed_needs_equal_shares_and_says_what_a_new_world_size_costs() -> None:
     with pytest.raises(UserError, match="not a multiple of 3 ranks"):
-        make_order("distributed", Dataset(10), 0, True, True, world(0, 3), 64)
-    order = make_order("distributed", Dataset(10), 0, True, True, world(0, 2), 4)
+        make_order("distributed", Dataset(10), 0, True, True, world(0, 3), 64, 0)
+    order = make_order("distributed", Dataset(10), 0, True, True, world(0, 2), 4, 0)
     assert order.restored(2) is None
     assert "which was 3 and is now 2" in str(order.restored(3))
 
@@ -226,7 +226,7 @@ def test_a_sampler_of_the_users_gives_all_ranks_one_order_again_after_a_restart(
 
     def epochs(rank: int, ranks: int, *numbers: int) -> list[list[Any]]:
         torch.manual_seed(rank)  # the ranks' generators differ, and must not come in
-        each = plan(make_order(make, data, 7, True, False, world(rank, ranks), 4), rank, ranks, 4)
+        each = plan(make_order(make, data, 7, True, False, world(rank, ranks), 4, 7), rank, ranks, 4)
         before = torch.get_rng_state()
         found = [taken(list(each.fetches(number, 0))) for number in numbers]
         assert torch.equal(torch.get_rng_state(), before)
@@ -275,7 +275,7 @@ def test_samplers_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(UserError, match="has no length"):
         SampledOrder(Endless(), 0)  # type: ignore[arg-type]  # what users may give
     with pytest.raises(UserError, match="write sampler: distributed"):
-        make_order(lambda data: DistributedSampler(data, 1, 0), Dataset(4), 0, True, True, world(0, 1), 4)
+        make_order(lambda data: DistributedSampler(data, 1, 0), Dataset(4), 0, True, True, world(0, 1), 4, 0)
 
 
 @pytest.mark.parametrize(

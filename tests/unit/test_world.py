@@ -11,7 +11,7 @@ import pytest
 import ddpkit
 from ddpkit import slurm
 from ddpkit.errors import UserError
-from ddpkit.world import World, cpus_per_task, survey, tasks_per_node, thread_and_network_defaults
+from ddpkit.world import World, allocation, cpus_per_task, survey, tasks_per_node, thread_and_network_defaults
 from launch import cli
 
 RANK_3 = {
@@ -279,3 +279,12 @@ def test_defaults_leave_what_the_user_has_set() -> None:
 def test_cores_of_a_task() -> None:
     assert cpus_per_task({"SLURM_CPUS_PER_TASK": "6"}) == 6
     assert cpus_per_task({}) is None
+
+
+def test_the_last_job_of_an_array_is_not_taken_for_the_whole_array() -> None:
+    """Its number is the array's: Slurm would tell of another job by it, and requeue all of them."""
+    env = {"SLURM_JOB_ID": "5", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    found = allocation(env)
+    assert found is not None and (found.job_id, found.array_index) == ("5_3", 3)
+    alone = allocation({"SLURM_JOB_ID": "5"})
+    assert alone is not None and (alone.job_id, alone.array_index) == ("5", None)
