@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from .job import Failure
 from .memory import PERHAPS_THE_KERNEL, WORKER_DIED
@@ -48,6 +49,7 @@ _WRAPPED = re.compile(r"Caught (\w+) in (.+?)\.\nOriginal (Traceback .*)", re.DO
 _DEATH = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", re.DOTALL)
 _FRAME = re.compile(r'  File "(.*)", line \d+')
 _LOADER = "/torch/utils/data/dataloader.py"
+_OWN = tuple(f"{Path(__file__).parents[1]}/{package}/" for package in ("ddpkit", "launch"))  # from a checkout, too
 _LOST = (ConnectionError, EOFError)
 _DYING_S = 1.0  # a process's connections are closed a moment before its parent can see its end
 
@@ -200,7 +202,7 @@ def _without_machinery(text: str) -> str:
 
 
 def _where_users_code_was(error: BaseException) -> str:
-    """The traceback down to the last line that belongs to no library."""
+    """The traceback down to the last line that belongs to no library, ddpkit itself included."""
     frames = traceback.extract_tb(error.__traceback__)
     while frames and _is_library(frames[-1].filename):
         frames.pop()
@@ -210,4 +212,4 @@ def _where_users_code_was(error: BaseException) -> str:
 def _is_library(file: str) -> bool:
     # Those of an environment may lie in another one, on which it is built.
     is_installed = "/site-packages/" in file or "/dist-packages/" in file
-    return is_installed or file.startswith((sysconfig.get_path("stdlib") + "/", "<"))
+    return is_installed or file.startswith((sysconfig.get_path("stdlib") + "/", *_OWN, "<"))

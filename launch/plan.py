@@ -236,7 +236,7 @@ def _ranks(launch: Launch, gpus: int, cores: int, here: World) -> int:
         if launch.nproc_per_node not in ("auto", here.local_world_size) and here.world_size == 1:
             raise UserError(
                 f"launch.nproc_per_node: {launch.nproc_per_node} ranks, but the inline launcher is this one process; "
-                "use launch.launcher=local"
+                "give launch.nproc_per_node=auto for one rank here, or use launch.launcher=local"
             )
         return here.local_world_size
     if launch.nproc_per_node != "auto":

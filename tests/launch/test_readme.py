@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from ddpkit import config as configs
+from tests import pages
 from tests.launch.shell import ROOT, Shell
 
 README = (ROOT / "README.md").read_text()
 
 
 def _block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found is not None
-    return found[1]
+    (text,) = pages.of_language("README.md", language)
+    return text
 
 
 def test_the_first_command_trains_digits_and_leaves_what_the_page_lists(shell: Shell) -> None:

@@ -11,11 +11,11 @@ from ruamel.yaml import YAML
 
 import ddpkit
 from ddpkit import config as configs
+from tests import pages
 from tests.launch.shell import ROOT, Shell
-from tests.launch.test_readme import README
 
-PAGE = (ROOT / "docs/training.md").read_text()
-PIECES = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+PAGE = "docs/training.md"
+PIECES = pages.of_language(PAGE, "yaml")
 
 
 def _merged(base: Any, piece: Any) -> Any:
@@ -26,20 +26,22 @@ def _merged(base: Any, piece: Any) -> Any:
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_every_piece_is_a_config(piece: str, tmp_path: Path) -> None:
-    whole = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert whole is not None
+    (whole,) = pages.of_language("README.md", "yaml")
     yaml = YAML(typ="safe")
     path = tmp_path / "config.yaml"
-    tree = _merged(yaml.load(whole[1]), yaml.load(piece))
+    tree = _merged(yaml.load(whole), yaml.load(piece))
     with path.open("w") as file:
         yaml.dump(tree, file)
     assert configs.load(path)
 
 
+def test_there_are_no_other_blocks() -> None:
+    assert {block.language for block in pages.blocks(PAGE)} == {"yaml", "python"}
+
+
 def test_the_loop_runs_on_ranks(shell: Shell) -> None:
-    block = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert block is not None
-    shell.script("own.py", block[1])
+    (block,) = pages.of_language(PAGE, "python")
+    shell.script("own.py", block)
     done = shell.run("launch", "--nproc-per-node", "2", "own.py")
     assert done.returncode == 0, done.stderr
     assert (shell.cwd / "runs/own/checkpoints/step-00000024/manifest.json").exists()
@@ -47,5 +49,5 @@ def test_the_loop_runs_on_ranks(shell: Shell) -> None:
 
 def test_every_public_name_is_there() -> None:
     assert [name for name in ddpkit.__all__ if not hasattr(ddpkit, name)] == []
-    called = set(re.findall(r"ddpkit\.(\w+)\(", PAGE))
+    called = set(re.findall(r"ddpkit\.(\w+)\(", (ROOT / PAGE).read_text()))
     assert called <= set(ddpkit.__all__), called
