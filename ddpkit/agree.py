@@ -178,7 +178,7 @@ class Ranks:
                 self._store.delete_key(key)
                 self._store.delete_key(f"{key}/read")
             if cause:
-                raise RankFailed(f"rank {leader} failed in main_first: {cause}")
+                raise RankFailed(cause)
             yield
             return
         waiting = (self.world_size if scope == "global" else self._local_world_size) - 1
@@ -192,7 +192,9 @@ class Ranks:
             with self._heartbeat.during("main_first"):
                 yield
         except BaseException as error:
-            self._store.set(key, json.dumps(f"{type(error).__name__}: {error}"))
+            # The failure of another rank that it has met there is that one's, and the others may hear of it here first.
+            own = f"rank {self.rank} failed in main_first: {type(error).__name__}: {error}"
+            self._store.set(key, json.dumps(str(error) if isinstance(error, RankFailed) else own))
             raise
         finally:
             say.cancel()
