@@ -4,6 +4,9 @@ A block whose first line is ``# NAME.py`` (or any other name) is that file. A ``
 that begin with ``$`` are typed, ``^C`` is the key, pressed when what stands before it has appeared, and all others have
 to appear in this order, though more may appear between them; of one with ``...`` at its end or beginning, the rest. A
 command that does not end with 0 says so, as ``[exit code 1]``.
+
+Where commands build on each other and nobody presses a key, ``sh`` blocks run in one shell, and the lines of ``text``
+blocks have to come in what they print, in this order; ``...`` stands for anything.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.launch.shell import HANG_S, ROOT, Shell, wait_for
+from tests.launch.shell import HANG_S, ROOT, Shell, finish, wait_for
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
@@ -63,6 +66,14 @@ def sections(page: str) -> list[str]:
     return list(dict.fromkeys(block.section for block in blocks(page)))
 
 
+def by_section(page: str) -> dict[str, list[Block]]:
+    """The blocks of a page by the titles of their sections; those before the first one under ``""``."""
+    found: dict[str, list[Block]] = {}
+    for block in blocks(page):
+        found.setdefault(block.section, []).append(block)
+    return found
+
+
 def write_files(shell: Shell, page: Iterable[Block]) -> None:
     """Write the files that the blocks are."""
     for block in page:
@@ -82,6 +93,37 @@ def follow(shell: Shell, page: Iterable[Block]) -> None:
             _type(shell, block)
         else:
             raise AssertionError(f"a block that no test runs, in {block.section!r}:\n{block.text}")
+
+
+def follow_in_one_shell(shell: Shell, page: Iterable[Block], timeout_s: float) -> str:
+    """Do what blocks of ``sh`` say, one after the other, as long as all goes well; what they print.
+
+    A block that is neither a file, nor ``sh``, nor ``text`` fails, as above.
+    """
+    commands, expected = [], []
+    for block in page:
+        if block.file is not None:
+            shell.script(block.file, block.text)
+        elif block.language == "sh":
+            commands.append(block.text)
+        elif block.language == "text":
+            expected += block.text.splitlines()
+        else:
+            raise AssertionError(f"a block that no test runs, in {block.section!r}:\n{block.text}")
+    for name in ("examples", "configs"):
+        if not (shell.cwd / name).exists():
+            (shell.cwd / name).symlink_to(ROOT / name)
+    env = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    child = shell.start("-c", "set -e; exec 2>&1\n" + "\n".join(commands), prefix=("bash",), env=env)
+    done = finish(child, timeout_s)
+    assert done.returncode == 0, done.stdout[-5000:]
+    place = 0
+    for line in expected:
+        pattern = ".*".join(map(re.escape, line.split("...")))
+        found = re.compile(f"^{pattern}$", re.MULTILINE).search(done.stdout, place)
+        assert found, f"not in the output, or not in this order: {line}\n{done.stdout[-5000:]}"
+        place = found.end()
+    return done.stdout
 
 
 def _type(shell: Shell, block: Block) -> None:

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.pages import follow, sections
 from tests.launch.shell import ROOT, Shell
+from tests.pages import by_section, follow_in_one_shell
 
-PARTS = sections("guarantees.md")
-WITH_A_REFERENCE = {title for title, text in PARTS.items() if "$run" in text}
+PARTS = by_section("docs/guarantees.md")
+WITH_A_REFERENCE = [title for title, part in PARTS.items() if any("$run" in block.text for block in part)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_proofs_that_compare_with_an_undisturbed_run(shell: Shell) -> None:
-    follow(shell, "".join(PARTS[title] for title in PARTS if title in WITH_A_REFERENCE), timeout_s=580)
+    follow_in_one_shell(shell, [block for title in WITH_A_REFERENCE for block in PARTS[title]], timeout_s=580)
     events = (shell.cwd / "runs/killed/events.jsonl").read_text()
     assert events.count('"restored"') >= 5
 
@@ -26,8 +26,8 @@ def test_proofs_that_compare_with_an_undisturbed_run(shell: Shell) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("title", [title for title in PARTS if title not in WITH_A_REFERENCE])
 def test_proofs_that_stand_alone(shell: Shell, title: str) -> None:
-    assert "```text" in PARTS[title]
-    follow(shell, PARTS[title], timeout_s=280)
+    assert any(block.language == "text" for block in PARTS[title])
+    follow_in_one_shell(shell, PARTS[title], timeout_s=280)
 
 
 def test_the_files_that_it_points_at_are_there() -> None:

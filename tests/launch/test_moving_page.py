@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.pages import follow, sections
-from tests.launch.shell import ROOT, Shell
+from tests.launch.shell import Shell
+from tests.pages import Block, by_section, follow_in_one_shell
 
-PARTS = sections("moving.md")
-TOY = (ROOT / "docs/moving.md").read_text().partition("## ")[0]
-AFTER_DDP = "```python\n# after_ddp.py" + PARTS["From a hand-written DDP script"].partition("# after_ddp.py")[2]
+PARTS = by_section("docs/moving.md")
+TOY = PARTS[""]
+[AFTER_DDP] = [block for block in PARTS["From a hand-written DDP script"] if block.file == "after_ddp.py"]
 
 
 def _losses(path: Path) -> list[float]:
@@ -20,7 +20,7 @@ def _losses(path: Path) -> list[float]:
 
 @pytest.mark.timeout(300)
 def test_by_hand_and_with_ddpkit(shell: Shell) -> None:
-    follow(shell, TOY + PARTS["From a hand-written DDP script"], timeout_s=250)
+    follow_in_one_shell(shell, TOY + PARTS["From a hand-written DDP script"], timeout_s=250)
     before = _losses(shell.cwd / "before_ddp.txt")
     assert len(before) == 16
     assert before[-1] < before[0]
@@ -32,11 +32,8 @@ def test_by_hand_and_with_ddpkit(shell: Shell) -> None:
 @pytest.mark.parametrize("peer", ["accelerate", "fabric"])
 def test_accelerate_and_fabric_as_they_are(shell: Shell, peer: str) -> None:
     [title] = [title for title in PARTS if title.lower().endswith(peer)]
-    ours = (
-        AFTER_DDP.partition("```\n")[0]
-        + "```\n```sh\nddpkit launch --nproc-per-node 2 after_ddp.py > after_ddp.txt\n```\n"
-    )
-    follow(shell, TOY + PARTS[title] + ours, timeout_s=250)
+    ours = [AFTER_DDP, Block("sh", "ddpkit launch --nproc-per-node 2 after_ddp.py > after_ddp.txt", title)]
+    follow_in_one_shell(shell, [*TOY, *PARTS[title], *ours], timeout_s=250)
     before = _losses(shell.cwd / f"before_{peer}.txt")
     assert len(before) == 16
     assert _losses(shell.cwd / "after_ddp.txt") == pytest.approx(before, rel=1e-4)
@@ -45,7 +42,7 @@ def test_accelerate_and_fabric_as_they_are(shell: Shell, peer: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_submitit_and_our_calls(shell: Shell) -> None:
-    follow(shell, TOY + PARTS["From submitit"], timeout_s=250)
+    follow_in_one_shell(shell, TOY + PARTS["From submitit"], timeout_s=250)
     before = _losses(shell.cwd / "before_submitit.txt")
     assert len(before) == 16
     assert _losses(shell.cwd / "after_submitit.txt") == pytest.approx(before, rel=1e-4)
