@@ -46,6 +46,8 @@ def train(rank: int, world_size: int) -> None:
             Path("runs").mkdir(exist_ok=True)
             torch.save(model.module.state_dict(), "runs/signals.pt")  # killed here, it is half a file
 
+    dist.barrier()  # or the others leave while rank zero saves, and with gloo may abort on their way out
+    del model  # DDP has to go before the group
     dist.destroy_process_group()
 
 

@@ -94,7 +94,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "venv/bin/python"
     [packages] = (folder / "venv/lib").glob("python*/site-packages")
     (packages / "libraries.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    _run(*pip, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    # Not to be found installed already: among this environment's libraries there is a checkout's.
+    _run(*pip, "--python", python, "install", "--ignore-installed", "--no-deps", "--no-index", wheel, cwd=folder)
     return python.parent
 
 

@@ -89,9 +89,11 @@ def start(config: Tree, ranks: int, env: dict[str, str] | None = None, attempt: 
     """
     try:
         ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors, timeout_s=110)
-    except (RankDied, RankFailed, ConnectionError):
+    except (RankDied, RankFailed, ConnectionError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # for a test that has meant no such thing
         return "killed"
     except RuntimeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         if not any(sign in str(error) for sign in ("onnection", "peer", "gloo", "DataLoader worker")):
             raise
         return "killed"  # the first to speak was a neighbour in a collective, or the rank of a worker
