@@ -853,9 +853,10 @@ def _value(tree: JsonValue, key: str) -> JsonValue:
 
 
 def _contradictions_of_the_model(tree: JsonValue) -> Iterator[_Problem]:
-    path = _value(tree, "model.init_from.path")
-    if str(path).endswith((".safetensors", ".json")) and _value(tree, "model.init_from.key") is not None:
-        yield _Problem(("model", "init_from", "key"), "a safetensors file is one state dict; leave it out")
+    path = str(_value(tree, "model.init_from.path"))
+    ending = next((ending for ending in (".safetensors", ".json") if path.endswith(ending)), None)
+    if ending is not None and _value(tree, "model.init_from.key") is not None:
+        yield _Problem(("model", "init_from", "key"), f"a file that ends in {ending} is one state dict; leave it out")
     parallel = _value(tree, "model.parallel") or "ddp"
     belongs_to: tuple[tuple[str, str, Section | None], ...] = (
         ("ddp", "ddp", Ddp()),

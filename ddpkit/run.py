@@ -239,11 +239,13 @@ class Run:
             with self._stack:
                 self._end_with_script()
             return
-        if not (isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED)):
-            self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
-        else:
-            self._write_line()
-        self._stack.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED):
+                self._write_line()
+            else:
+                self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
+        finally:  # whatever comes of the line, the claim is given back
+            self._stack.__exit__(kind, error, trace)
 
     @property
     def rt(self) -> Runtime:

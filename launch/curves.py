@@ -20,7 +20,6 @@ _LARGEST = 1e300  # beyond it a scale has no room
 
 Point = tuple[float, float]
 
-_PLACE = ("kind", "step", "epoch", "samples", "time")
 _PHASES = ("data_s", "forward_backward_s", "optimizer_s", "communication_s")
 _MEMORY = ("host_mb", "device_mb")
 
@@ -148,9 +147,7 @@ def _lines(path: Path) -> Iterator[Line]:
 
 def _take(recording: Recording, line: Line) -> None:
     step, kind, clock = line["step"], line["kind"], line["time"]
-    for name, value in line.items():
-        if name in _PLACE or not _is_number(value):
-            continue
+    for name, value in history.values(line).items():
         if kind == "train" and is_rate(name):
             _add(recording.rates, name, recording.span, step, value)
         else:
@@ -163,7 +160,7 @@ def _take(recording: Recording, line: Line) -> None:
         (recording.memory, _MEMORY),
     ):
         for name in names:
-            if _is_number(clock.get(name)):
+            if history.is_number(clock.get(name)):
                 _add(curves, name, recording.span, step, clock[name])
     if isinstance(by_rank := clock.get("by_rank"), dict):
         _take_ranks(recording.by_rank, by_rank)
@@ -184,9 +181,5 @@ def _add(curves: dict[str, Curve], name: str, span: int, step: int, value: float
 def _take_ranks(spreads: dict[str, dict[int, Spread]], told: Mapping[str, Iterable[float]]) -> None:
     for name, times in told.items():
         for rank, seconds in enumerate(times):
-            if _is_number(seconds):
+            if history.is_number(seconds):
                 spreads.setdefault(name, {}).setdefault(rank, Spread()).add(seconds)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

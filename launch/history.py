@@ -16,6 +16,7 @@ from typing import Any
 Line = dict[str, Any]
 
 STARTS = ("started", "restored")
+_PLACE = ("kind", "step", "epoch", "samples", "time")  # of a line of metrics: all but its values
 _TAIL = 1 << 16  # bytes of metrics.jsonl that hold the newest lines
 
 
@@ -106,6 +107,16 @@ def is_metric(line: Line) -> bool:
     return (
         isinstance(line.get("kind"), str) and isinstance(line.get("step"), int) and isinstance(line.get("time"), dict)
     )
+
+
+def values(line: Line) -> dict[str, float]:
+    """What a line of metrics has recorded, by name; only numbers can be shown."""
+    return {name: value for name, value in line.items() if name not in _PLACE and is_number(value)}
+
+
+def is_number(value: object) -> bool:
+    """Whether it is one; JSON's true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def waiting_job(run_dir: Path) -> Job | None:

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ddpkit.errors import UserError
+from ddpkit.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, UserError
 
 from . import curves, history, telling
 from .accounting import PHASES
 from .curves import Curve, Recording, Spread
 from .drawing import axis, bar, chart, nice_steps, number, picture, text
-from .history import Line
+from .history import Line, is_number
 from .status import Status, read_status
 from .telling import clock_time, duration
 
@@ -114,7 +114,7 @@ def _facts(status: Status) -> Iterator[tuple[str, str]]:
         yield "goodput", f"{status.goodput:.0%}"
     yield "attempts", str(len(status.attempts))
     for kind, line in status.metrics.items():
-        if _is_number(line.get("loss")):
+        if is_number(line.get("loss")):
             yield f"loss ({kind})", number(line["loss"])
     if status.best is not None:
         yield f"best {status.best['metric']}", f"{number(status.best['value'])}, step {status.best['step']}"
@@ -203,7 +203,7 @@ def _called(of_kind: Mapping[str, Curve]) -> dict[str, Curve]:
 
 
 def _timeline(status: Status, told: Sequence[Line]) -> str:
-    attempts = [each for each in status.attempts if _is_number(each.get("started"))]
+    attempts = [each for each in status.attempts if is_number(each.get("started"))]
     if not attempts:
         return ""
     begin = min(each["started"] for each in attempts)
@@ -214,7 +214,7 @@ def _timeline(status: Status, told: Sequence[Line]) -> str:
     spans = "".join(_span(each, clock, status, end if each is newest and at_work else None) for each in attempts)
     lanes = _lane(f"attempts, since {clock_time(begin)}", spans)
     for name, kinds in _LANES.items():
-        found = [event for event in told if event["event"] in kinds and _is_number(event.get("unix"))]
+        found = [event for event in told if event["event"] in kinds and is_number(event.get("unix"))]
         lanes += _lane(f"{name}: {len(found)}", _ticks(found, clock, kinds)) if found else ""
     ticks = [(seconds / clock.length, duration(seconds)) for seconds in _clock_steps(clock.length)]
     inside = f'<div class="lanes">{lanes}{axis(ticks)}</div>{_attempts(status)}'
@@ -252,7 +252,7 @@ def _span(attempt: Line, clock: _Clock, status: Status, until: float | None) -> 
     )
     left = clock.part(attempt["started"])
     found = bar(left, clock.part(end), _LANE, _kind(attempt, until is not None), title)
-    if _is_number(attempt.get("began")) and attempt["began"] > attempt["started"]:
+    if is_number(attempt.get("began")) and attempt["began"] > attempt["started"]:
         found += bar(left, clock.part(min(attempt["began"], end)), _LANE, "start", f"{title}; it starts")
     return found
 
@@ -262,9 +262,9 @@ def _kind(attempt: Line, at_work: bool) -> str:
     if at_work:
         return "running"
     how, code = str(attempt.get("how", "")), attempt.get("exit_code")
-    if "requeued" in attempt or code in (75, 130) or how.startswith("stopped"):
+    if "requeued" in attempt or code in (EXIT_STOPPED, EXIT_INTERRUPTED) or how.startswith("stopped"):
         return "stopped"
-    if code == 0 or how == "done":
+    if code == EXIT_DONE or how == "done":
         return "done"
     return "failed" if how else "lost"
 
@@ -297,7 +297,7 @@ def _attempts(status: Status) -> str:
     rows = [
         (
             ("attempt", str(attempt["attempt"])),
-            ("started", clock_time(attempt["started"]) if _is_number(attempt.get("started")) else ""),
+            ("started", clock_time(attempt["started"]) if is_number(attempt.get("started")) else ""),
             ("took", _took(attempt)),
             ("steps", _steps(attempt)),
             ("ranks", str(attempt.get("ranks") or "")),
@@ -324,7 +324,7 @@ def _table(rows: Sequence[Sequence[tuple[str, str]]]) -> str:
 
 
 def _took(attempt: Line) -> str:
-    if _is_number(attempt.get("started")) and _is_number(attempt.get("ended")):
+    if is_number(attempt.get("started")) and is_number(attempt.get("ended")):
         return duration(max(0.0, attempt["ended"] - attempt["started"]))
     return ""
 
@@ -452,7 +452,3 @@ def _config(run_dir: Path) -> str:
     except OSError:
         return ""
     return _section("Config", f"<details><summary>config.yaml</summary>{_block(content)}</details>")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
+from . import history
 from .accounting import PHASES, Account
-from .history import Line
+from .history import Line, is_number
 from .status import Status
 
 _BAR = 30  # characters of the progress bar
 _SHOWN = 10  # attempts; of the earlier ones only the number
-_NO_VALUES = ("kind", "step", "epoch", "samples", "time")
 
 
 def describe(status: Status) -> str:
@@ -76,8 +76,8 @@ def _values(status: Status) -> Iterator[str]:
             heard = f"; last recorded {duration(max(0.0, status.at - status.recorded_at))} ago"
         yield f"speed: {status.samples_per_s:.4g} samples/s{heard}"
     for kind, line in status.metrics.items():
-        values = [f"{name} {value:.4g}" for name, value in line.items() if name not in _NO_VALUES and _is_number(value)]
-        yield f"{kind} at step {line['step']}: {'  '.join(values)}"
+        values = "  ".join(f"{name} {value:.4g}" for name, value in history.values(line).items())
+        yield f"{kind} at step {line['step']}: {values}"
 
 
 def _time(status: Status) -> Iterator[str]:
@@ -135,7 +135,7 @@ def _span(attempt: Line) -> str:
         to = attempt.get("to_step")
         steps = f"from step {attempt['from_step']}" + (f" to {to}" if to is not None else "")
     took = ""
-    if _is_number(attempt.get("started")) and _is_number(attempt.get("ended")):
+    if is_number(attempt.get("started")) and is_number(attempt.get("ended")):
         took = duration(max(0.0, attempt["ended"] - attempt["started"]))
     told = ", ".join(filter(None, (steps, took)))
     return f" ({told})" if told else ""
@@ -158,7 +158,3 @@ def _end(status: Status) -> Iterator[str]:
             filter(None, (kind, first))
         )
     yield from status.notes
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

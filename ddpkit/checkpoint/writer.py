@@ -231,15 +231,16 @@ def _write(path: Path, content: Iterable[memoryview], size: int) -> FileProof:
     hasher = xxhash.xxh3_128()
     try:
         with path.open("xb") as file:
-            on_its_way = 0
+            written = on_its_way = 0
             for memory in content:
                 for start in range(0, len(memory), _PIECE):
                     piece = memory[start : start + _PIECE]
                     hasher.update(piece)
                     file.write(piece)
-                    if file.tell() - on_its_way >= _PIECE:
+                    written += len(piece)
+                    if written - on_its_way >= _PIECE:
                         _send_off(file.fileno(), on_its_way)
-                        on_its_way = file.tell()
+                        on_its_way = written
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -150,6 +150,18 @@ def test_the_outer_one_of_two_loaders_leads(tmp_path: Path) -> None:
     assert places(tmp_path / "looked at", looked_at_first) == [1, 2, 3, 4]
 
 
+def test_a_last_line_that_fails_leaves_no_claim_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ConnectionError("the others have gone")
+
+    with pytest.raises(ConnectionError, match="the others have gone"), ddpkit.runtime() as rt:
+        run = opened(rt, tmp_path)
+        assert (tmp_path / "claim.json").exists()
+        monkeypatch.setattr(run, "_write_line", fail)
+        raise SystemExit(0)
+    assert not (tmp_path / "claim.json").exists()
+
+
 def _weighted(folder: str) -> list[float]:
     """Gradients of the mean of the ranks' numbers over the samples of a batch, from loaders with other shares."""
     found = []

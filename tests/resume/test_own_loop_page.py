@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from ddpkit.agree import RankFailed
 from ddpkit.session import Runtime
 from ddpkit.testing import RankDied, run_ranks
+from tests import pages
 from tests.resume import faults
 from tests.resume.faults import Fault, pending, plan
-from tests.resume.runs import ROOT, assert_same_end, events, metrics
+from tests.resume.runs import assert_same_end, events, metrics
 
-PAGE = (ROOT / "docs/own-loop.md").read_text()
-PRELUDE, *SCRIPTS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+PRELUDE, *SCRIPTS = pages.of_language("docs/own-loop.md", "python")
 NAMES = [
     "in order",
     "two models",
