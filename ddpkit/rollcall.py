@@ -166,10 +166,23 @@ def answer(store: Store, call: int, rank: int, place: Answer) -> None:
     store.set(f"rollcall/{call}/{rank}", json.dumps(asdict(place)))
 
 
-def ask(store: Store, rank: int) -> tuple[int, bool]:
-    """Ask all ranks where they are. Gives the roll-call's number, and whether it is this rank's own, or another's."""
+def ask(store: Store, rank: int, answered: int | None = None) -> tuple[int, bool]:
+    """Ask all ranks where they are.
+
+    Args:
+        store: of the roll-calls.
+        rank: who asks.
+        answered: this rank's newest answer, if it is not to ask while another's question waits for one: of two that
+            ask at once, each would wait for the other's answer.
+
+    Returns:
+        The roll-call's number, and whether it is this rank's own, or another's.
+    """
     newest = store.get(_ASKED).decode() if store.check([_ASKED]) else ""
-    own = f"{int(newest.partition(' ')[0] or 0) + 1} {rank}"
+    number = int(newest.partition(" ")[0] or 0)
+    if answered is not None and number > answered:
+        return number, False
+    own = f"{number + 1} {rank}"
     standing = store.compare_set(_ASKED, newest, own).decode()
     return int(standing.split()[0]), standing == own
 

@@ -147,7 +147,7 @@ class StallWatch:
         if not is_waiting and not (self._world.is_main and self._is_due(still_s, later)):
             return None
         is_stopping = self._stop.is_known
-        call, is_own = rollcall.ask(store, self._world.rank)
+        call, is_own = rollcall.ask(store, self._world.rank, self._answered)
         self._answer(store)
         if not is_own:
             return None

@@ -65,14 +65,15 @@ def test_whatever_is_killed_the_same_command_at_once_goes_on(tmp_path: Path) -> 
         )
         codes.append(ended.returncode)
     assert not pending(tmp_path / "faults")
-    # The launcher was killed twice; otherwise it told of a failure. Workers fetch ahead, so the order is not fixed.
-    assert sorted(codes[:-1]) == [-signal.SIGKILL, -signal.SIGKILL, 1, 1, 1]
+    # The launcher was killed twice; otherwise it told of a failure. Of how many is not fixed: workers fetch ahead and
+    # saves go on beside training, so that two accidents may fall into one attempt.
+    assert codes.count(-signal.SIGKILL) == 2 and set(codes[:-1]) == {-signal.SIGKILL, 1}
     assert not psutil.wait_procs(marked(mark), timeout=10)[1]
     assert_same_end(tmp_path / "run", tmp_path / "reference")
     attempts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "attempts").iterdir())]
     assert [attempt.get("exit_code") for attempt in attempts] == [code if code >= 0 else None for code in codes]
     assert {attempt["ranks"] for attempt in attempts} == {2}
-    assert all((tmp_path / "run" / "logs" / f"attempt-{number}").is_dir() for number in range(6))
+    assert all((tmp_path / "run" / "logs" / f"attempt-{number}").is_dir() for number in range(len(codes)))
 
 
 def slow(run_dir: Path) -> Tree:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ddpkit.rollcall import Answer, is_timeout, judge
+from torch._C._distributed_c10d import HashStore
+
+from ddpkit.rollcall import Answer, ask, asked, is_timeout, judge
 
 WAITS = Answer("training", 7, "a collective", 10.0, collectives=30, at="train.py:9 in step: loss.backward()")
 LATE = Answer("training", 7, None, 9.0, 29, "train.py:5 in step: lock.acquire()", ["  File train.py, line 5"])
@@ -21,6 +23,14 @@ def test_a_late_rank_is_named_with_its_stack_and_who_waits_where() -> None:
     assert text.splitlines()[0].startswith("rank 1 (training, 7 steps done) has done nothing for 9 s, at train.py:5")
     assert "rank 0 waits for a collective (its number 30), training" in text
     assert text.endswith("rank 1, Python stack:\n  File train.py, line 5")
+
+
+def test_who_has_a_question_to_answer_does_not_ask() -> None:
+    store = HashStore()
+    assert ask(store, 0, answered=0) == (1, True)
+    assert ask(store, 2, answered=0) == (1, False) and asked(store) == 1
+    assert ask(store, 2, answered=1) == (2, True)
+    assert ask(store, 0) == (3, True)  # on a main thread: another thread answers meanwhile
 
 
 def test_a_rank_without_an_answer_is_late() -> None:
