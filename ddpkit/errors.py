@@ -45,7 +45,15 @@ class Superseded(DdpkitError):
 
 
 class Stalled(DdpkitError):
-    """Some ranks wait, and others will not come; the message says who is where."""
+    """Some ranks wait, and others will not come; the message says who is where.
+
+    Attributes:
+        late: the first rank that does not come, and its host, if that is known: whoever raises this has only noticed.
+    """
+
+    def __init__(self, message: str, late: tuple[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.late = late
 
 
 class NotFinite(DdpkitError):

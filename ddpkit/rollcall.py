@@ -33,7 +33,7 @@ _BUSY_SAMPLE_S = 0.1
 _FRAMES = 20  # of a stack, the innermost ones
 # With the separator: the user's own folder may begin with the same letters.
 _TORCH = str(Path(torch.__file__).parent) + os.sep
-_OURS = str(Path(__file__).parent) + os.sep
+_OURS = tuple(str(Path(__file__).parents[1] / package) + os.sep for package in ("ddpkit", "launch"))
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 # Where Python calls into collectives, or into what waits for them: the backward pass does, under DDP and FSDP.
 _COLLECTIVE = tuple(_TORCH + path for path in ("distributed" + os.sep, "nn/parallel" + os.sep, "autograd" + os.sep))
@@ -71,10 +71,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What follows from a roll-call: whether the run cannot go on, and the words for it."""
+    """What follows from a roll-call: whether the run cannot go on, the words for it, and who is to blame."""
 
     is_stalled: bool
     text: str
+    late: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------- one rank
@@ -88,8 +89,9 @@ def place(heartbeat: Heartbeat) -> Answer:
         return Answer(heartbeat.phase, heartbeat.step, None, 0.0, collectives(), "its end")
     innermost = frame.f_code.co_filename
     stack = traceback.extract_stack(frame)
-    users = [each for each in stack if _is_users(each.filename)]
-    at = users[-1] if users else stack[-1]
+    users = [number for number, each in enumerate(stack) if _is_users(each.filename)]
+    at = stack[users[-1] if users else -1]
+    shown = stack[users[0] :] if users else stack  # how a rank came to be says nothing about where it is
     waits_for, is_busy = heartbeat.waits_for, _is_busy(main)
     if waits_for is None and innermost.startswith(_COLLECTIVE) and not is_busy:
         waits_for = "a collective"
@@ -100,13 +102,13 @@ def place(heartbeat: Heartbeat) -> Answer:
         still_s=0.0,
         collectives=collectives(),
         at=f"{at.filename}:{at.lineno} in {at.name}: {at.line}",
-        stack=[line.rstrip("\n") for line in traceback.format_list(stack[-_FRAMES:])],
+        stack=[line.rstrip("\n") for line in traceback.format_list(shown[-_FRAMES:])],
         is_busy=is_busy,
     )
 
 
 def _is_users(file: str) -> bool:
-    is_library = file.startswith((_TORCH, _OURS, "<"))
+    is_library = file.startswith((_TORCH, *_OURS, "<"))
     return not is_library and (not file.startswith(_PYTHON) or "site-packages" in file)
 
 
@@ -220,6 +222,12 @@ def silence(store: Store, rank: int) -> str:
     return f"gives no answer: {meaning} ({of})"
 
 
+def host_of(store: Store, rank: int) -> str | None:
+    """The host of a rank that has signed on."""
+    key = f"rollcall/process/{rank}"
+    return str(json.loads(store.get(key))[0]["host"]) if store.check([key]) else None
+
+
 def report(store: Store, rank: int, world_size: int) -> str:
     """Call the roll, and put the answers into words."""
     call, _ = ask(store, rank)
@@ -276,7 +284,7 @@ def judge(
         return Verdict(True, "\n".join([f"{head}:", *waits]))
     is_stalled = bool(stuck or silent)
     stacks = _stacks({rank: late[rank] for rank in stuck}) if is_stalled else []
-    return Verdict(is_stalled, "\n".join([*lines, *waits, *stacks]))
+    return Verdict(is_stalled, "\n".join([*lines, *waits, *stacks]), tuple(sorted([*silent, *stuck])))
 
 
 def _stacks(answers: Mapping[int, Answer]) -> list[str]:

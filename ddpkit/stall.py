@@ -168,7 +168,9 @@ class StallWatch:
         if not verdict.is_stalled:
             log.warning("%s; as long as nobody waits, this may be a step that takes long:\n%s", text, verdict.text)
             return
-        error = Stalled(f"{text}:\n{verdict.text}")
+        late = next(((rank, host) for rank in verdict.late if (host := rollcall.host_of(store, rank))), None)
+        found = "" if late is None or late[0] == self._world.rank else f", as rank {self._world.rank} has found"
+        error = Stalled(f"{text}{found}:\n{verdict.text}", late)
         tell_failure(PrefixStore(AGREEMENTS, store), self._world.rank, f"{type(error).__name__}: {error}")
         store.set(_STALLED, str(self._world.rank))
         if not self._world.agent_store and self._world.is_main:

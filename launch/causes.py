@@ -13,7 +13,7 @@ import sysconfig
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -91,8 +91,15 @@ def is_consequence_like(kind: str, message: str) -> bool:
 
 
 def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
-    """The cause first: the earliest failure that is not what a rank sees when another one has gone."""
-    return tuple(sorted(failures, key=lambda failure: (follows(failure), failure.when)))
+    """The cause first: the earliest failure that is not what a rank sees when another one has gone.
+
+    Of a stall it is the rank that the others wait for that has failed, not the one that has noticed.
+    """
+    ordered = sorted(failures, key=lambda failure: (follows(failure), failure.when))
+    if not ordered or ordered[0].late is None:
+        return tuple(ordered)
+    rank, host = ordered[0].late
+    return (replace(ordered[0], rank=rank, host=host), *(each for each in ordered[1:] if each.rank != rank))
 
 
 def follows(failure: Failure) -> bool:

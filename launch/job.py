@@ -154,6 +154,7 @@ class Failure:
         traceback: as Python prints it; empty for input errors and kills.
         is_users_input: the user's input is wrong (exit code 2).
         is_consequence: it is what a rank sees when another one has gone.
+        late: the rank that does not come and its host, where this one has found out that all wait for it.
         last_lines: of its output, where there is no exception to quote.
         memory: what it held, if that has been looked at.
         exception: the exception itself, by cloudpickle; empty if it cannot be pickled.
@@ -168,6 +169,7 @@ class Failure:
     traceback: str = ""
     is_users_input: bool = False
     is_consequence: bool = False
+    late: tuple[int, str] | None = None
     last_lines: tuple[str, ...] = ()
     memory: Memory | None = None
     exception: bytes = b""
@@ -180,6 +182,7 @@ class Failure:
     def from_json(cls, tree: dict[str, Any]) -> Failure:
         """The failure that `to_json` wrote."""
         given = tree | {
+            "late": (tree["late"][0], tree["late"][1]) if tree["late"] is not None else None,
             "last_lines": tuple(tree["last_lines"]),
             "memory": Memory(**tree["memory"]) if tree["memory"] is not None else None,
             "exception": base64.b64decode(tree["exception"]),

@@ -220,6 +220,7 @@ def report_failure(
         traceback=cause.traceback if with_traceback else "",
         is_users_input=isinstance(error, UserError),
         is_consequence=cause.is_consequence,
+        late=error.late if isinstance(error, Stalled) else None,
         exception=carried(error) if with_exception and isinstance(error, Exception) else b"",
     )
     _report(order, {"failure": failure.to_json()})

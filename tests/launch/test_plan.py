@@ -11,7 +11,7 @@ from ddpkit import config as configs
 from ddpkit.errors import UserError
 from launch import plan as plans
 from launch.attempts import report_failure
-from launch.causes import cause_of, explain, is_consequence_like, order_by_cause
+from launch.causes import ENDED_BY_US, cause_of, explain, is_consequence_like, order_by_cause
 from launch.job import Failure, Job
 from launch.plan import Plan, visible_gpus
 
@@ -124,6 +124,17 @@ def test_causes_come_before_consequences() -> None:
     ]
     failures = [replace(each, is_consequence=is_consequence_like(each.kind, each.message)) for each in told]
     assert [failure.rank for failure in order_by_cause(failures)] == [3, 2, 0, 4, 1]
+    assert order_by_cause([]) == ()
+
+
+def test_of_a_stall_the_rank_that_others_wait_for_has_failed() -> None:
+    noticed = Failure(2, "here", 1.0, 1, "Stalled", "no progress", is_consequence=True, late=(1, "there"))
+    ended = [Failure(rank, "there", 2.0, -9, message=ENDED_BY_US) for rank in (0, 1)]
+    first, *others = order_by_cause([*ended, Failure.from_json(noticed.to_json())])
+    assert (first.rank, first.host, first.kind) == (1, "there", "Stalled")
+    assert [each.rank for each in others] == [0]
+    crashed = Failure(3, "here", 3.0, -11, message="SIGSEGV")  # a failure of its own, and the cause of all else
+    assert [each.rank for each in order_by_cause([noticed, *ended, crashed])] == [3, 2, 0, 1]
 
 
 def test_consequences_share_a_line() -> None:
