@@ -213,10 +213,10 @@ def test_nodes_with_different_numbers_of_gpus() -> None:
 
 
 def test_a_task_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(members, "_GATHER_S", 0.1)
+    monkeypatch.setattr(members, "_GATHER_S", 0.5)
     with _leader(count=3) as node:
         follower = Follower(1)
-        with pytest.raises(LaunchFailed, match=r"1 of 3 tasks have not come within 0.1 s: 2\. .*srun ddpkit doctor"):
+        with pytest.raises(LaunchFailed, match=r"1 of 3 tasks have not come within 0.5 s: 2\. .*srun ddpkit doctor"):
             _ends(node)
     del follower
 
@@ -227,7 +227,7 @@ def test_failures_are_put_in_order_by_clocks_that_know_nothing_of_each_other() -
         began = time.monotonic()
         threads = [
             threading.Thread(target=follower.fails, args=(when, took_s))
-            for follower, when, took_s in zip(followers, (began - 0.5, began - 1.0), (0.0, 3.0), strict=True)
+            for follower, when, took_s in zip(followers, (began - 50.0, began - 60.0), (0.0, 300.0), strict=True)
         ]
         for thread in threads:
             thread.start()
@@ -235,16 +235,16 @@ def test_failures_are_put_in_order_by_clocks_that_know_nothing_of_each_other() -
         for thread in threads:
             thread.join()
     assert [failure.rank for failure in outcome.failures] == [2, 1]
-    assert outcome.failures[0].when == pytest.approx(began - 1.0, abs=0.4)
+    assert outcome.failures[0].when == pytest.approx(began - 60.0, abs=9.0)
 
 
-@pytest.mark.parametrize("left_before_s", [2.0, 0.5])
+@pytest.mark.parametrize("left_before_s", [20.0, 5.0])
 def test_a_rank_elsewhere_that_left_is_the_cause_if_others_fail_by_that_afterwards(left_before_s: float) -> None:
     with _leader(count=3) as node:
         one, other = Follower(1, ahead_s=5000.0), Follower(2, ahead_s=-3000.0)
         began = time.monotonic()
         threads = [
-            threading.Thread(target=one.fails, args=(began - 1.0, 0.0, True)),
+            threading.Thread(target=one.fails, args=(began - 10.0, 0.0, True)),
             threading.Thread(target=other.leaves, args=(began - left_before_s,)),
         ]
         for thread in threads:
@@ -252,5 +252,5 @@ def test_a_rank_elsewhere_that_left_is_the_cause_if_others_fail_by_that_afterwar
         outcome = _ends(node)
         for thread in threads:
             thread.join()
-    left_first = left_before_s > 1.0
+    left_first = left_before_s > 10.0
     assert [failure.rank for failure in outcome.failures] == ([2, 1] if left_first else [1])

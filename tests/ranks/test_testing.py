@@ -46,7 +46,7 @@ def fail_after(others_mark: Path) -> None:
     if os.environ["RANK"] == "0":
         while not others_mark.exists():
             time.sleep(0.01)
-        time.sleep(0.2)  # the other one is about to raise
+        time.sleep(0.5)  # the other one is about to raise
     else:
         others_mark.touch()
     raise KeyError(os.environ["RANK"])
