@@ -15,8 +15,6 @@ from tests.examples.starting import EXAMPLES
 from tests.launch.shell import ROOT, Shell
 from tests.resume.runs import metrics
 
-pytestmark = pytest.mark.timeout(300)
-
 CONFIGS = {  # and what makes them smaller
     "segmentation": ("data.train.args.count=32", "data.eval.args.count=5"),
     "finetune": (),

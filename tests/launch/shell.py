@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-HANG_S = 100.0  # no command of these tests takes longer, on a machine that is five times slower; a test has 120 s
+HANG_S = 100.0  # no command of these tests takes longer, on a machine that is five times slower
 
 
 @dataclass

@@ -179,15 +179,21 @@ def _ends(node: LeadingNode) -> Outcome:
 class Follower:
     """What the leader knows of one."""
 
-    def __init__(self, place: int, gpus: int | None = None, ahead_s: float = 0.0, host: str = "other") -> None:
+    def __init__(
+        self, place: int, gpus: int | None = None, ahead_s: float = 0.0, host: str = "other", **at_once: Any
+    ) -> None:
         port = rendezvous.find("127.0.0.1", MEETING, 10)
         self._connection = socket.create_connection(("127.0.0.1", port))
         self._ahead_s = ahead_s
         self._rank = place
-        self.send(token="the plan", place=place, host=host, gpus=gpus, ranks=[place, place + 1])
+        hello = {"token": "the plan", "place": place, "host": host, "gpus": gpus, "ranks": [place, place + 1]}
+        self._send(hello, *([{"now": time.monotonic(), **at_once}] if at_once else []))
 
     def send(self, **message: Any) -> None:
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
+        self._send(message)
+
+    def _send(self, *messages: dict[str, Any]) -> None:
+        self._connection.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
 
     def fails(self, when: float, took_s: float, is_consequence: bool = False) -> None:
         """Once it is started: tell of a failure in a message that has been under way for so long, and of the end."""
@@ -209,6 +215,14 @@ def test_nodes_with_different_numbers_of_gpus() -> None:
         follower = Follower(1, gpus=2, host="small")
         with pytest.raises(UserError, match=f"different numbers of GPUs: {socket.gethostname()} 4, small 2. Every"):
             _ends(node)
+    del follower
+
+
+def test_a_task_that_is_to_stop_as_soon_as_it_has_come() -> None:
+    with _leader() as node:
+        follower = Follower(1, requested=int(signal.SIGTERM))
+        outcome = _ends(node)
+    assert (outcome.stopped_by, outcome.failures) == ("SIGTERM", ())
     del follower
 
 

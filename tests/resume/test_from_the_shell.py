@@ -195,7 +195,6 @@ def test_a_stop_from_the_shell_and_what_status_says(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_killed_at_random_moments(ranks: int, tmp_path: Path) -> None:
     chance = random.Random(ranks)
