@@ -17,6 +17,7 @@ def pytest_configure() -> None:
     # Where a script started the tests in the background, they would hand that down to what they interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)  # beside other workers: threads that have no core of their own spin for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
