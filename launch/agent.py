@@ -49,7 +49,6 @@ def main(control_fd: str, settings: str, scratch: str) -> int:
     for number in STOP_SIGNALS:  # the launcher alone says what a stop means
         signal.signal(number, lambda *_: None)
     start_guard(control, scratch)
-    on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
     with world.adopted({"TORCH_CPP_LOG_LEVEL": "FATAL"}):  # or the store's end is told at length, on the console
         importlib.import_module("torch.distributed.launcher.api")
     for name in ("meeting", "torch_agent"):
@@ -131,6 +130,7 @@ class _Agent:
 
     def _torch_agent(self, meeting: Meeting) -> TorchAgent:
         from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
         from torch.distributed.launcher.api import LaunchConfig
 
         from .torch_agent import TorchAgent
@@ -139,6 +139,7 @@ class _Agent:
         worlds = [nodes * terms.nproc for nodes in range(terms.min_nodes, terms.max_nodes + 1)]
         places = {"births": self._births, "orders": [reader for reader, _ in self._orders], "worlds": worlds}
         child = str(Path(__file__).with_name("child.py"))
+        logs = DefaultLogsSpecs(log_dir=self._scratch)
         spec = WorkerSpec(
             role="default",
             local_world_size=terms.nproc,
@@ -149,9 +150,9 @@ class _Agent:
             monitor_interval=_LOOK_AT_RANKS_S,
             local_addr="127.0.0.1" if terms.alone else None,
             # As torchrun binds ranks by default, to the processors near their GPUs.
-            numa_options=LaunchConfig(terms.min_nodes, terms.max_nodes, terms.nproc).numa_options,
+            numa_options=LaunchConfig(terms.min_nodes, terms.max_nodes, terms.nproc, logs).numa_options,
         )
-        return TorchAgent(spec, self._scratch, self._take_processes)
+        return TorchAgent(spec, logs, self._take_processes)
 
     def _take_processes(self, processes: Iterable[subprocess.Popen[bytes]]) -> None:
         with self._processes_come:

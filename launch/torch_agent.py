@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
+from torch.distributed.elastic.multiprocessing import LogsSpecs, SubprocessContext
 
 
 class TorchAgent(LocalElasticAgent):
@@ -16,14 +16,14 @@ class TorchAgent(LocalElasticAgent):
 
     Args:
         spec: the ranks.
-        log_dir: for what torch keeps of them.
+        logs: where torch keeps something of them.
         started: called with the processes, each time that some have been started.
     """
 
     def __init__(
-        self, spec: WorkerSpec, log_dir: str, started: Callable[[Iterable[subprocess.Popen[bytes]]], None]
+        self, spec: WorkerSpec, logs: LogsSpecs, started: Callable[[Iterable[subprocess.Popen[bytes]]], None]
     ) -> None:
-        super().__init__(spec, DefaultLogsSpecs(log_dir=log_dir))
+        super().__init__(spec, logs)
         self._started = started
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
