@@ -29,7 +29,7 @@ from ddpkit.heartbeat import Heartbeat
 
 WAIT_S = 3.0  # for the answers; the threads look every half second
 _ASKED = "rollcall/asked"
-_BUSY_SAMPLE_S = 0.1
+_BUSY_LOOKS, _BUSY_PAUSE_S = 10, 0.01
 _FRAMES = 20  # of a stack, the innermost ones
 # With the separator: the user's own folder may begin with the same letters.
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -135,19 +135,23 @@ def _begun(group: dist.ProcessGroup) -> int:
 
 
 def _is_busy(thread: threading.Thread) -> bool:
-    """Whether a thread computes: the same frames stand on the stack of a backward pass that does."""
-    before = _processor_ticks(thread)
-    time.sleep(_BUSY_SAMPLE_S)
-    return _processor_ticks(thread) - before > _BUSY_SAMPLE_S * os.sysconf("SC_CLK_TCK") / 2
+    """Whether a thread computes: the same frames stand on the stack of a backward pass that does.
+
+    By its state, and not by the time that it gets: on a busy machine that is little.
+    """
+    runs = 0
+    for _ in range(_BUSY_LOOKS):
+        time.sleep(_BUSY_PAUSE_S)
+        runs += _state(f"self/task/{thread.native_id}") == "R"
+    return runs > _BUSY_LOOKS / 2
 
 
-def _processor_ticks(thread: threading.Thread) -> int:
+def _state(process: object) -> str | None:
+    """The letter that the kernel has for what a process or thread does; None if it is gone."""
     try:
-        stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return 0
-    fields = stat.rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+        return None
 
 
 # ---------------------------------------------------------------------- all ranks, over the store
@@ -209,9 +213,7 @@ def silence(store: Store, rank: int) -> str:
         return f"gives no answer: stopped, or out of reach ({of})"
     if not Process(**process).alive:
         return f"has ended ({of})"
-    try:
-        state = Path(f"/proc/{process['pid']}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+    if (state := _state(process["pid"])) is None:
         return f"has ended ({of})"
     meaning = {
         "T": "it is stopped (SIGSTOP)",

@@ -21,6 +21,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 import cloudpickle
+import torch
 
 from ddpkit import rendezvous
 from ddpkit.agree import is_consequence
@@ -118,6 +119,8 @@ def _rank(payload: bytes, world: World, pipe: Connection) -> None:
     # A fork server's children would take theirs (loader workers) from it too: siblings, that outlive a killed rank.
     multiprocessing.set_start_method("fork", force=True)
     adopt({"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} | world.to_env())
+    # The fork server has read that variable already, and more threads than cores spin while they wait for each other.
+    torch.set_num_threads(1)
     try:
         fn, args, kwargs = cloudpickle.loads(payload)
         answer = _Answer(world.rank, time.monotonic(), result=cloudpickle.dumps(fn(*args, **kwargs)))

@@ -16,9 +16,11 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ from .node import end_descendants, start_guard
 
 if TYPE_CHECKING:
     from .meeting import Meeting
+    from .torch_agent import TorchAgent
 
 _LOOK_AT_PARENT_S = 1.0  # as in `node`
 _LOOK_AT_RANKS_S = 0.5  # the agent's own look; ours is told by the kernel
@@ -46,10 +49,10 @@ def main(control_fd: str, settings: str, scratch: str) -> int:
     for number in STOP_SIGNALS:  # the launcher alone says what a stop means
         signal.signal(number, lambda *_: None)
     start_guard(control, scratch)
-    on_parents_death(signal.SIGKILL)  # during the import, there is nothing yet to clean up
     with world.adopted({"TORCH_CPP_LOG_LEVEL": "FATAL"}):  # or the store's end is told at length, on the console
         importlib.import_module("torch.distributed.launcher.api")
-    importlib.import_module(f"{__package__}.meeting")
+    for name in ("meeting", "torch_agent"):
+        importlib.import_module(f"{__package__}.{name}")
     on_parents_death(0)
     agent = _Agent(control, json.loads(settings), scratch)
     try:
@@ -76,6 +79,8 @@ class _Agent:
         self._orders = [os.pipe() for _ in range(self._terms.nproc)]
         self._waiting: dict[int, dict[str, int]] = {}
         self._ranks: dict[int, int] = {}  # local rank -> pid, of those that have their orders
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by pid, of all
+        self._processes_come = threading.Condition()
         self._job: int | None = None
         self._memory = Watch()
 
@@ -93,41 +98,28 @@ class _Agent:
                 return
 
     def _elastic(self) -> None:
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous import RendezvousTimeoutError, rendezvous_handler_registry
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+        from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
 
-        from . import meeting
+        from .meeting import open_meeting  # with torch, which is there by now
 
         # Its warnings and errors repeat what our own report says, without the cause.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         # Ranks inherit this: a stop that comes early waits until they can stop in order.
         signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
-        terms = self._terms
-        rendezvous_handler_registry.register(meeting.NAME, self._open_meeting)
-        config = LaunchConfig(
-            min_nodes=terms.min_nodes,
-            max_nodes=terms.max_nodes,
-            nproc_per_node=terms.nproc,
-            run_id=meeting.NAME,
-            rdzv_backend=meeting.NAME,
-            rdzv_endpoint="",
-            local_addr="127.0.0.1" if terms.alone else None,
-            max_restarts=terms.max_restarts,
-            monitor_interval=_LOOK_AT_RANKS_S,
-            logs_specs=DefaultLogsSpecs(log_dir=self._scratch),
-        )
-        worlds = [nodes * terms.nproc for nodes in range(terms.min_nodes, terms.max_nodes + 1)]
-        places = {"births": self._births, "orders": [reader for reader, _ in self._orders], "worlds": worlds}
-        child = str(Path(__file__).with_name("child.py"))
         try:
-            elastic_launch(config, sys.executable)(child, "agent_rank", json.dumps(places))
-        except ChildFailedError:
-            self._tell(gave_up="the ranks ended before they had begun")
+            self._meeting = open_meeting(self._terms, self._endpoint, self._join_s, self._tell)
+            try:
+                result = self._torch_agent(self._meeting).run()
+            finally:
+                self._meeting.shutdown()
+            if result is None:
+                self._tell(gave_up="the launchers of the other machines have come to their end")
+            elif result.is_failed():
+                self._tell(gave_up="the ranks ended before they had begun")
         except UserError as error:
             self._tell(refused=str(error))
         except RendezvousTimeoutError:
+            terms = self._terms
             nodes = terms.min_nodes if terms.min_nodes == terms.max_nodes else f"{terms.min_nodes} or more"
             self._tell(
                 gave_up=f"the launchers of {nodes} machines were to meet at {self._endpoint}, and not all have come "
@@ -136,11 +128,36 @@ class _Agent:
         except Exception as error:  # noqa: BLE001 - whatever keeps the agents from meeting goes to the user
             self._tell(gave_up=f"torch's elastic agent gave up: {type(error).__name__}: {error}")
 
-    def _open_meeting(self, _: object) -> Meeting:
-        from .meeting import open_meeting  # with torch, which is there by now
+    def _torch_agent(self, meeting: Meeting) -> TorchAgent:
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+        from torch.distributed.launcher.api import LaunchConfig
 
-        self._meeting = open_meeting(self._terms, self._endpoint, self._join_s, self._tell)
-        return self._meeting
+        from .torch_agent import TorchAgent
+
+        terms = self._terms
+        worlds = [nodes * terms.nproc for nodes in range(terms.min_nodes, terms.max_nodes + 1)]
+        places = {"births": self._births, "orders": [reader for reader, _ in self._orders], "worlds": worlds}
+        child = str(Path(__file__).with_name("child.py"))
+        logs = DefaultLogsSpecs(log_dir=self._scratch)
+        spec = WorkerSpec(
+            role="default",
+            local_world_size=terms.nproc,
+            rdzv_handler=meeting,
+            entrypoint=sys.executable,
+            args=(child, "agent_rank", json.dumps(places)),
+            max_restarts=terms.max_restarts,
+            monitor_interval=_LOOK_AT_RANKS_S,
+            local_addr="127.0.0.1" if terms.alone else None,
+            # As torchrun binds ranks by default, to the processors near their GPUs.
+            numa_options=LaunchConfig(terms.min_nodes, terms.max_nodes, terms.nproc, logs).numa_options,
+        )
+        return TorchAgent(spec, logs, self._take_processes)
+
+    def _take_processes(self, processes: Iterable[subprocess.Popen[bytes]]) -> None:
+        with self._processes_come:
+            self._processes |= {process.pid: process for process in processes}
+            self._processes_come.notify_all()
 
     def _take_births(self) -> None:
         for birth in map(json.loads, self._birth_lines.feed(os.read(self._born, 1 << 16))):
@@ -169,7 +186,7 @@ class _Agent:
             elif order["do"] == "attempt" and self._meeting is not None:
                 self._meeting.publish_attempt(order["number"])
             elif order["do"] == "tell" and self._meeting is not None:
-                self._meeting.publish_failure(order["failure"])
+                self._meeting.publish_failure(order["round"], order["failure"])
             elif order["do"] == "end":
                 if self._meeting is not None:
                     self._meeting.close_for_all(_CLOSE_S)
@@ -191,12 +208,10 @@ class _Agent:
             os.write(self._orders[place][1], line.encode() + b"\n")
 
     def _await_end(self, place: int, pid: int) -> None:
-        try:
-            ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # the agent itself takes the status away
-            assert ended is not None  # without WNOHANG it waits
-            status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-        except ChildProcessError:
-            status = -signal.SIGTERM  # the agent was faster: it waits like this for those that it has ended itself
+        with self._processes_come:
+            self._processes_come.wait_for(lambda: pid in self._processes)
+        # By the object that the agent asks, too: of two that ask the kernel, one finds the status taken away.
+        status = self._processes[pid].wait()
         when = time.monotonic()
         self._tell(ended=place, status=status, when=when, memory=vars(self._memory.last(pid)) if status else None)
 

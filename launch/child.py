@@ -36,5 +36,7 @@ if __name__ == "__main__":
             signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         )
     _load()
+    if role in ("node", "agent"):  # while it imports; what it starts afterwards it ends itself
+        importlib.import_module("ddpkit.orphans").on_parents_death(signal.SIGKILL)
     module = importlib.import_module(f"{_ALIAS}.{role}")
     sys.exit(module.main(*arguments))

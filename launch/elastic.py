@@ -109,6 +109,9 @@ class ElasticNode(Node):
     def _await(self, condition: Callable[[], bool]) -> None:
         """Wait for it, or for a stop. Raises what has kept the agent from it."""
         while not (condition() or self._lost or self.ends_now):
+            told_late = self._rounds[self._current].failures.values()
+            if wrong := next((each for each in told_late if each.is_users_input), None):
+                raise UserError(wrong.message)
             if self._stopped is not None:
                 raise self._why_stopped(self._stopped)
             self._handle_events(timeout_s=None)
@@ -159,6 +162,8 @@ class ElasticNode(Node):
             told.regroups = True
         elif "failure" in message:
             failure = Failure.from_json(message["failure"])
+            if failure.is_users_input:  # final, though the ranks here may have been started again meanwhile
+                told = self._rounds[max(message["round"], self._current)]
             told.order.setdefault(failure.rank, message["order"])  # by now more may be known of it, but no sooner
             told.failures[failure.rank] = failure
 
@@ -166,7 +171,7 @@ class ElasticNode(Node):
 
     def _tell_failure(self, rank: Rank) -> None:
         if not (self._terms.alone or self._rounds[self._current].regroups):
-            self._send(do="tell", failure=self._failure_of(rank).to_json())
+            self._send(do="tell", round=self._current, failure=self._failure_of(rank).to_json())
 
     def _some_failed(self) -> bool:
         return super()._some_failed() or bool(self._rounds[self._current].failures)
@@ -205,7 +210,7 @@ class ElasticNode(Node):
         failures = self._failures()
         if failures and not told.regroups and all(map(follows, failures)):
             for left in self._left():
-                self._send(do="tell", failure=left.to_json())
+                self._send(do="tell", round=self._current, failure=left.to_json())
 
     def _blame_the_silent(self, told: _Round) -> None:
         """Where nobody has a failure of its own to tell of, a machine that tells of nothing is the cause."""

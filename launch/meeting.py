@@ -50,6 +50,7 @@ class Meeting(DynamicRendezvousHandler):
     """The machines of this round, in the order of their ranks."""
 
     _round: _Round | None = None
+    _earlier: dict[int, _Round]
 
     def get_backend(self) -> str:
         """The name by which the agent finds it."""
@@ -63,6 +64,10 @@ class Meeting(DynamicRendezvousHandler):
         """
         if self._round is not None:
             self._round.leave()
+            # The one before is listened to for a while: who was slower tells of its failures only now.
+            for ended in self._earlier.values():
+                ended.over.set()
+            self._earlier = {self.rounds: self._round}
         info = super().next_rendezvous()
         self.rounds += 1
         self._round = _Round(info, self.terms, partial(self.tell, round=self.rounds))
@@ -87,9 +92,10 @@ class Meeting(DynamicRendezvousHandler):
             with contextlib.suppress(RuntimeError):  # the store is gone; what comes of that, the ranks will say
                 self._round.store.set("attempt", str(number))
 
-    def publish_failure(self, failure: dict[str, Any]) -> None:
-        """Tell all launchers, this one too, of a rank's failure."""
-        if (there := self._round) is not None and there.nodes > 1:
+    def publish_failure(self, number: int, failure: dict[str, Any]) -> None:
+        """Tell all launchers, this one too, of a rank's failure in the round of that number."""
+        there = self._round if number == self.rounds else self._earlier.get(number)
+        if there is not None and there.nodes > 1:
             with contextlib.suppress(RuntimeError):  # as above
                 there.store.set(f"failure/{there.store.add('failures', 1)}", json.dumps(failure))
 
@@ -157,8 +163,7 @@ class _Round:
         return self._count_regrouping() >= self.nodes
 
     def leave(self) -> None:
-        """Stop listening, on the way to the next round."""
-        self.over.set()
+        """Be on the way to the next round."""
         self._count_regrouping()
 
     def _count_regrouping(self) -> int:
@@ -202,7 +207,7 @@ def open_meeting(terms: Terms, endpoint: str | None, join_s: int, tell: Callable
         keep_alive_interval=_KEEP_ALIVE_S,
     )
     assert isinstance(meeting, Meeting)
-    meeting.terms, meeting.tell = terms, tell
+    meeting.terms, meeting.tell, meeting._earlier = terms, tell, {}
     return meeting
 
 

@@ -131,19 +131,23 @@ class LeadingNode(Node):
         self._watch(connection, partial(self._hear_stranger, peer))
 
     def _hear_stranger(self, peer: Peer) -> None:
-        for message in self._messages(peer) or []:
-            if "token" not in message or message["place"] in self._followers:
-                self._forget(peer)
-                return
-            if message["token"] != self._me.token:
-                raise UserError(
-                    f"task {message['place']} on {message['host']} has found another plan in the submission's folder "
-                    f"than the first task on {socket.gethostname()}: the nodes do not see the same files; submit it "
-                    "from a directory that they share"
-                )
-            follower = _Follower(message["host"], message["gpus"], range(*message["ranks"]), peer)
-            self._followers[message["place"]] = follower
-            self._selector.modify(peer.connection, selectors.EVENT_READ, partial(self._hear_follower, follower))
+        messages = self._messages(peer)
+        if not messages:
+            return
+        first, *others = messages
+        if "token" not in first or first["place"] in self._followers:
+            self._forget(peer)
+            return
+        if first["token"] != self._me.token:
+            raise UserError(
+                f"task {first['place']} on {first['host']} has found another plan in the submission's folder "
+                f"than the first task on {socket.gethostname()}: the nodes do not see the same files; submit it "
+                "from a directory that they share"
+            )
+        follower = _Follower(first["host"], first["gpus"], range(*first["ranks"]), peer)
+        self._followers[first["place"]] = follower
+        self._selector.modify(peer.connection, selectors.EVENT_READ, partial(self._hear_follower, follower))
+        self._take_from(follower, others)  # said before this one was listened to, such as that it is to stop
 
     def _messages(self, peer: Peer) -> list[dict[str, Any]] | None:
         messages = peer.receive()
@@ -207,6 +211,9 @@ class LeadingNode(Node):
             if not follower.ended:
                 self._lose(follower)
             return
+        self._take_from(follower, messages)
+
+    def _take_from(self, follower: _Follower, messages: list[dict[str, Any]]) -> None:
         for message in messages:
             follower.behind_s = min(follower.behind_s, time.monotonic() - message["now"])
             for tree in message.get("failures", ()):

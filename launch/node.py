@@ -51,12 +51,12 @@ def main(control_fd: str, start_method: str, scratch: str) -> NoReturn:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)
     if start_method == "warm":
-        # Nothing looks at the control socket during the import, and there is nothing yet to clean up.
-        on_parents_death(signal.SIGKILL)
-        if _is_over(control):  # the launcher was gone before that signal was asked for
+        # Nothing looks at the control socket during the import, and there is nothing yet to clean up: the kernel ends
+        # this process with the launcher.
+        if _is_over(control):  # which was gone before that was asked for
             _leave()
         warm.import_torch()
-        on_parents_death(0)
+    on_parents_death(0)
     me = os.getpid()
     node = _Node(control, start_method, scratch)
     try:

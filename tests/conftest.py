@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -10,6 +11,13 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-skips", action="store_true", help="a skipped test fails, unless what it lacks is a GPU")
+
+
+def pytest_configure() -> None:
+    # Where a script started the tests in the background, they would hand that down to what they interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)  # beside other workers: threads that have no core of their own spin for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,8 +16,6 @@ from examples.finetune.pretrain import pretrain
 from tests.examples.starting import EXAMPLES, killed_in_save, script, tree
 from tests.resume.runs import Tree, assert_same_end, events, metrics, start, to_the_end
 
-pytestmark = pytest.mark.timeout(300)
-
 SEGMENTATION = (
     *("data.train.args.count=128", "data.eval.args.count=21", "model.args.width=8"),
     *("train.epochs=4", "scheduler.args.total_iters=32", "checkpoint.every_steps=7", "launch.timeout_s=300"),

@@ -15,8 +15,6 @@ from tests.examples.starting import EXAMPLES
 from tests.launch.shell import ROOT, Shell
 from tests.resume.runs import metrics
 
-pytestmark = pytest.mark.timeout(300)
-
 CONFIGS = {  # and what makes them smaller
     "segmentation": ("data.train.args.count=32", "data.eval.args.count=5"),
     "finetune": (),
@@ -24,6 +22,8 @@ CONFIGS = {  # and what makes them smaller
 }
 SCRIPTS = {"minimal.py": 128, "before_after/after.py": 48}  # and their steps
 LAUNCHERS = {"inline": 1, "local": 2, "torchrun": 2}  # and ranks
+# A process that no launcher has started takes all cores; beside other tests its threads would spin for each other.
+ALONE = {"OMP_NUM_THREADS": "1"}
 SHORT = ("train.max_steps=2", "train.epochs=null", "log_every=1", "launch.backend=gloo", "launch.timeout_s=60")
 
 
@@ -73,7 +73,8 @@ def test_configs(shell: Shell, example: str, launcher: str) -> None:
         pretrain(shell.cwd / "runs/pretrained.pth", epochs=1)
     options = [*SHORT, *CONFIGS[example], f"launch.nproc_per_node={LAUNCHERS[launcher]}"]
     command = ("run", f"examples/{example}/config.yaml", "--launcher", launcher, *(f"-o{each}" for each in options))
-    done = shell.run(*command)
+    env = ALONE if launcher == "inline" else {}
+    done = shell.run(*command, env=env)
     assert done.returncode == 0, done.stderr
     lines = metrics(shell.cwd / "runs" / example)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]
@@ -85,7 +86,7 @@ def test_configs(shell: Shell, example: str, launcher: str) -> None:
 @pytest.mark.parametrize("example", SCRIPTS)
 def test_scripts(shell: Shell, example: str, launcher: str) -> None:
     if launcher == "inline":  # a script alone needs none
-        done = shell.run(f"examples/{example}", prefix=(sys.executable,))
+        done = shell.run(f"examples/{example}", prefix=(sys.executable,), env=ALONE)
     else:
         ranks = ("--nproc-per-node", str(LAUNCHERS[launcher]))
         done = shell.run("launch", "--launcher", launcher, "-olaunch.backend=gloo", *ranks, f"examples/{example}")

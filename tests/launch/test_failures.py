@@ -143,7 +143,8 @@ def test_a_scripts_own_exit_code_75_is_not_taken_for_a_stop(shell: Shell) -> Non
     assert not (shell.cwd / "kept/failure.json").exists()
 
 
-# Rank 3 fails, and the others 50 ms later. They agree on the moment by files that they leave and look for.
+# Rank 3 fails, and the others soon after: later than it may take to go on by a line. They agree on the moment by files
+# that they leave and look for.
 SOON = """
 import ctypes, os, signal, sys, time
 rank, way = os.environ["RANK"], sys.argv[1]
@@ -162,7 +163,7 @@ elif way == "gloo":
     dist.all_reduce(torch.ones(1))
 else:
     while not os.path.exists("raising"): time.sleep(0.001)
-    time.sleep(0.05)
+    time.sleep(0.4)
 raise RuntimeError(f"of rank {rank}")
 """
 FIRST_OF_FOUR = {
@@ -217,7 +218,9 @@ if __name__ == "__main__":
     rank, count = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
     dist.barrier()
     print("attempt", count, flush=True)
+    open(f"said-{rank}", "w").close()
     if rank == 1 and count == "0":
+        while not os.path.exists("said-0"): time.sleep(0.01)
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
         worker.start()
         open("worker", "w").write(str(worker.pid))

@@ -23,7 +23,6 @@ def test_proofs_that_compare_with_an_undisturbed_run(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("title", [title for title in PARTS if title not in WITH_A_REFERENCE])
 def test_proofs_that_stand_alone(shell: Shell, title: str) -> None:
     assert any(block.language == "text" for block in PARTS[title])

@@ -88,7 +88,7 @@ def test_nothing_is_left(shell: Shell, temporary: Path, launcher: str, end: str)
         assert all(os.path.exists(f"/dev/shm/{name}") for name in names)
         for pid in _victims(child.pid, end, shell.cwd):
             os.kill(pid, signal.SIGKILL)
-    done = finish(child, 30)
+    done = finish(child)
     if end in ("done", "raise", "kill ranks"):
         assert done.returncode == (0 if end == "done" else 1), done.stderr
     shell.assert_nothing_left(within_s=6)  # torch's keeper of shared memory waits 2 s before it ends

@@ -18,7 +18,6 @@ def _losses(path: Path) -> list[float]:
     return [float(line.split()[1]) for line in path.read_text().splitlines() if line.startswith("loss ")]
 
 
-@pytest.mark.timeout(300)
 def test_by_hand_and_with_ddpkit(shell: Shell) -> None:
     follow_in_one_shell(shell, TOY + PARTS["From a hand-written DDP script"], timeout_s=250)
     before = _losses(shell.cwd / "before_ddp.txt")
@@ -28,7 +27,6 @@ def test_by_hand_and_with_ddpkit(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("peer", ["accelerate", "fabric"])
 def test_accelerate_and_fabric_as_they_are(shell: Shell, peer: str) -> None:
     [title] = [title for title in PARTS if title.lower().endswith(peer)]
@@ -40,7 +38,6 @@ def test_accelerate_and_fabric_as_they_are(shell: Shell, peer: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_submitit_and_our_calls(shell: Shell) -> None:
     follow_in_one_shell(shell, TOY + PARTS["From submitit"], timeout_s=250)
     before = _losses(shell.cwd / "before_submitit.txt")

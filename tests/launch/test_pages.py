@@ -55,7 +55,6 @@ def test_a_page_that_is_right(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_first_steps(shell: Shell) -> None:
     pages.follow(shell, pages.blocks(FIRST_STEPS))
 
@@ -67,7 +66,6 @@ def test_first_steps_up_to_the_first_run(shell: Shell) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_writing(shell: Shell) -> None:
     pages.follow(shell, pages.blocks(WRITING))
 
@@ -80,7 +78,6 @@ def test_writing(shell: Shell) -> None:
         if title not in LEFT_OUT
     ],
 )
-@pytest.mark.timeout(150)
 def test_failures(shell: Shell, section: str) -> None:
     pages.write_files(shell, pages.blocks(FIRST_STEPS))
     pages.follow(shell, [block for block in pages.blocks(FAILURES) if block.section == section])
@@ -93,7 +90,6 @@ def test_no_more_is_left_out_than_is_said() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(150)
 def test_launching(shell: Shell) -> None:
     pages.follow(shell, pages.blocks(LAUNCHING))
 

@@ -67,7 +67,6 @@ def page_fits(page: Page, path: Path, width: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(browser.PROGRAM is None, reason="needs Debian's chromium: .ci/install-chromium")
 def test_the_page_in_a_browser(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page_path, bad_path = tmp_path / "report.html", tmp_path / "bad.html"

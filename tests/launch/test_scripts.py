@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch.shell import ROOT, Shell
+from tests.launch.shell import HANG_S, ROOT, Shell
 
 SPAWN = ("-o", "launch.start_method=spawn")  # no torch in the ranks: quick
 
@@ -47,7 +47,7 @@ def test_a_script_in_another_folder_sees_what_python_shows_it(shell: Shell, opti
     shell.script("some/folder/neighbour.py", "")
     (shell.cwd / "link.py").symlink_to(script)
     arguments = ["link.py", "-x", "--", "--nproc-per-node", "9", "-m", "ä b", ""]
-    subprocess.run([sys.executable, *arguments], cwd=shell.cwd, check=True, stdin=subprocess.DEVNULL, timeout=30)
+    subprocess.run([sys.executable, *arguments], cwd=shell.cwd, check=True, stdin=subprocess.DEVNULL, timeout=HANG_S)
     done = shell.run("launch", "--nproc-per-node", "2", *options, *arguments)
     assert done.returncode == 0, done.stderr
     assert _seen(shell, 0) == _seen(shell, 1) == _seen(shell, "python")
@@ -59,7 +59,7 @@ def test_a_module_sees_what_python_m_shows_it(shell: Shell) -> None:
     shell.script("package/look.py", LOOK.replace("import neighbour", "from . import neighbour"))
     shell.script("package/neighbour.py", "")
     arguments = ["-m", "package.look", "--nproc-per-node", "9", "-m", "x"]
-    subprocess.run([sys.executable, *arguments], cwd=shell.cwd, check=True, stdin=subprocess.DEVNULL, timeout=30)
+    subprocess.run([sys.executable, *arguments], cwd=shell.cwd, check=True, stdin=subprocess.DEVNULL, timeout=HANG_S)
     done = shell.run("launch", *SPAWN, "--nproc-per-node", "1", *arguments)
     assert done.returncode == 0, done.stderr
     expected, seen = _seen(shell, "python"), _seen(shell, 0)
@@ -264,7 +264,7 @@ def test_two_runs_at_once_and_they_listen_on_the_loopback_only(shell: Shell) -> 
     shell.script("groups.py", GROUPS)
     children = [shell.start("launch", "--nproc-per-node", "2", "groups.py") for _ in range(2)]
     for child in children:
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=HANG_S)
         assert child.returncode == 0, err.decode()
         told = json.loads(out)
         assert told["family"] >= 5  # the launcher, the node process, the store, two ranks
@@ -289,10 +289,10 @@ def test_names_of_the_users_own_are_not_shadowed(shell: Shell) -> None:
 def test_a_folder_and_an_archive_run_as_under_python(shell: Shell) -> None:
     shell.script("app/__main__.py", "import sys, inside; print(sys.argv, sys.path[0], __name__, inside.__name__)")
     shell.script("app/inside.py", "")
-    subprocess.run([sys.executable, "-m", "zipapp", "app"], cwd=shell.cwd, check=True, timeout=30)
+    subprocess.run([sys.executable, "-m", "zipapp", "app"], cwd=shell.cwd, check=True, timeout=HANG_S)
     for target in ("app", "app.pyz"):
         command = [sys.executable, target, "x"]
-        python = subprocess.run(command, cwd=shell.cwd, check=True, timeout=30, capture_output=True, text=True)
+        python = subprocess.run(command, cwd=shell.cwd, check=True, timeout=HANG_S, capture_output=True, text=True)
         done = shell.run("launch", *SPAWN, "--nproc-per-node", "1", target, "x")
         assert (done.returncode, done.stdout) == (0, python.stdout), done.stderr
 

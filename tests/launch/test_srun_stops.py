@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.launch.shell import Shell, finish, wait_for
+from tests.resume.runs import events
 
 pytestmark = pytest.mark.slow
 
@@ -59,11 +61,11 @@ class Step:
     def signal_all(self, number: int) -> None:
         """As Slurm does: every process of the step."""
         for process in self.shell.survivors():
-            process.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has stopped already
+                process.send_signal(number)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        lines = (self.shell.cwd / "run/events.jsonl").read_text().splitlines()
-        return [event for event in map(json.loads, lines) if event["event"] == name]
+        return events(self.shell.cwd / "run", name)
 
     def asked_for(self, verb: str) -> int:
         return sum(line.startswith(verb) for line in self.asked.read_text().splitlines())

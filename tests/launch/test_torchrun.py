@@ -23,13 +23,15 @@ Done: TypeAlias = "subprocess.CompletedProcess[str]"
 TORCHRUN = ("--launcher", "torchrun", "--nproc-per-node", "2")
 
 ONCE = """
-import os, torch, torch.distributed as dist
+import os, time, torch, torch.distributed as dist
 
 dist.init_process_group("gloo")
 rank, count = dist.get_rank(), os.environ["TORCHELASTIC_RESTART_COUNT"]
 dist.barrier()
 print("attempt", count, flush=True)
+open(f"said-{rank}", "w").close()
 if rank == 1 and count == "0":
+    while not os.path.exists("said-0"): time.sleep(0.01)
     os.kill(os.getpid(), 9)
 dist.all_reduce(torch.ones(1))
 dist.destroy_process_group()
@@ -81,7 +83,9 @@ def test_a_failure_is_reported_once(shell: Shell) -> None:
 
 @pytest.mark.slow
 def test_restarts_are_counted_and_input_errors_are_final(shell: Shell) -> None:
-    shell.script("always.py", "import os; print('here', flush=True); os._exit(9)")
+    # The agent ends rank zero as soon as it sees that the other one has failed.
+    always = "import os, time\nif os.environ['RANK'] == '1': time.sleep(1000)\nprint('here', flush=True)\nos._exit(9)\n"
+    shell.script("always.py", always)
     done = shell.run("launch", *TORCHRUN, "-o", "launch.max_restarts=2", "always.py")
     assert (done.returncode, done.stdout) == (1, "here\n" * 3)
     assert done.stderr.count("restarting all ranks") == 2
@@ -151,9 +155,9 @@ def test_sigkill_leaves_nothing(shell: Shell, victim: str) -> None:
     [agent] = launcher.children()
     assert len(launcher.children(recursive=True)) >= 5  # the agent, two ranks, two loader workers
     (launcher if victim == "launcher" else agent).kill()
-    done = finish(child, 20)
+    done = finish(child)
     assert done.returncode == (-9 if victim == "launcher" else 1)
-    shell.assert_nothing_left(within_s=5)
+    shell.assert_nothing_left()
 
 
 def test_the_command_line_imports_no_torch(shell: Shell) -> None:
@@ -236,7 +240,7 @@ def _launchers(shell: Shell, *arguments: str, ranks: tuple[int, ...] = (2, 2), n
     meet = ("--nnodes", nnodes, "-o", f"launch.rdzv_endpoint=127.0.0.1:{_port()}", "--run-dir", "kept")
     command = ("launch", "--launcher", "torchrun", *meet)
     children = [shell.start(*command, "--nproc-per-node", str(nproc), *arguments) for nproc in ranks]
-    return [finish(child, 100) for child in children]
+    return [finish(child) for child in children]
 
 
 @pytest.mark.slow
@@ -267,7 +271,7 @@ if sys.argv[1] == "soon":
     while not all(os.path.exists(f"here-{other}") for other in range(4)): time.sleep(0.001)
     if rank != "3":
         while not os.path.exists("raising"): time.sleep(0.001)
-        time.sleep(0.05)
+        time.sleep(0.4)  # later than it may take rank 3 to go on by a line
     open("raising", "w").close()
     raise RuntimeError(f"of rank {rank}")
 time.sleep(1000)
@@ -293,7 +297,9 @@ def test_the_first_failing_rank_of_all_machines_is_named_on_each(shell: Shell) -
 def test_wrong_input_on_one_machine_ends_all(shell: Shell, restarts: str) -> None:
     shell.script("fail.py", FAIL)
     for end in _launchers(shell, "-o", f"launch.max_restarts={restarts}", "fail.py", "input"):
-        assert (end.returncode, end.stderr) == (2, "ddpkit: --lr is missing; give one\n")
+        # Where it is heard of late, the agents have begun to start all ranks again.
+        told = set(end.stderr.splitlines()) - {"ddpkit: nodes have come or gone: starting all ranks anew"}
+        assert (end.returncode, told) == (2, {"ddpkit: --lr is missing; give one"}), end.stderr
 
 
 @pytest.mark.slow
@@ -306,12 +312,23 @@ def test_machines_that_were_started_differently(shell: Shell) -> None:
     assert not list(shell.cwd.glob("here-*"))
 
 
+UNTIL_THEY_HAVE_GONE = """
+import os, time
+from tests.toy import step as quick_step
+
+def step(model, batch):
+    if not os.path.exists("run/logs/attempt-2"):
+        time.sleep(0.05)  # there is time for a second machine to come
+    return quick_step(model, batch)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_machines_come_and_go(shell: Shell) -> None:
     meet = {"nnodes": "1:2", "rdzv_endpoint": f"127.0.0.1:{_port()}", "max_restarts": 1}
     sections = LONG | {"launch": {"launcher": "torchrun", "nproc_per_node": 1} | meet}
-    shell.config(**sections | {"train": {"step": "tests.toy:slow_step", "max_steps": 600}})
+    shell.script("steps.py", UNTIL_THEY_HAVE_GONE)
+    shell.config(**sections | {"train": {"step": "steps:step", "max_steps": 600}})
     first = shell.start("run", "config.yaml")
     wait_for(lambda: _steps(shell) > 0 or first.poll() is not None, "steps of one machine", 60)
     second = shell.start("run", "config.yaml")
@@ -320,7 +337,7 @@ def test_machines_come_and_go(shell: Shell) -> None:
     before = _steps(shell)
     wait_for(lambda: _steps(shell) > before + 1 or first.poll() is not None, "steps of two machines", 60)
     second.kill()
-    done = finish(first, 100)
+    done = finish(first)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("nodes have come or gone: starting all ranks anew") == 1
     assert done.stderr.count("nothing has been heard of rank ") == 1

@@ -43,7 +43,7 @@ def _handles(pid: int, number: signal.Signals) -> bool:
 def test_one_signal_ends_a_rank_that_waits_for_the_others_to_start(shell: Shell, rank: int) -> None:
     child = _alone(shell, rank, stall_s=100)
     child.send_signal(signal.SIGTERM)
-    done = finish(child, timeout_s=30)
+    done = finish(child)
     assert done.returncode == 75 and "together" not in done.stdout
     assert f"rank {rank} was stopped (SIGTERM) while it waited for other ranks to start" in done.stderr
 
@@ -56,5 +56,5 @@ def test_one_signal_ends_a_rank_that_waits_for_the_others_to_start(shell: Shell,
     ],
 )
 def test_a_rank_that_waits_too_long_says_who_is_missing(shell: Shell, rank: int, words: str) -> None:
-    done = finish(_alone(shell, rank, stall_s=2), timeout_s=60)
+    done = finish(_alone(shell, rank, stall_s=2))
     assert done.returncode == 1 and re.search(words, done.stderr), done.stderr

@@ -9,25 +9,27 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import ddpkit
 from ddpkit.testing import RankDied, RankTraceback, run_ranks
 
 
-def who(offset: int, *, factor: int = 1) -> tuple[int, str | None, str | None, int]:
+def who(offset: int, *, factor: int = 1) -> tuple[int, str | None, str | None, int, int]:
     return (
         int(os.environ["RANK"]) * factor + offset,
         os.environ.get("WORLD_SIZE"),
         os.environ.get("LOCAL_RANK"),
+        torch.get_num_threads(),
         os.getpid(),
     )
 
 
 def test_results_come_by_rank_from_processes_of_their_own() -> None:
     found = run_ranks(who, 3, 10, factor=2)
-    assert [each[:3] for each in found] == [(10, "3", "0"), (12, "3", "1"), (14, "3", "2")]
-    assert len({os.getpid(), *(each[3] for each in found)}) == 4
-    assert not any(psutil.pid_exists(each[3]) for each in found)
+    assert [each[:4] for each in found] == [(10, "3", "0", 1), (12, "3", "1", 1), (14, "3", "2", 1)]
+    assert len({os.getpid(), *(each[4] for each in found)}) == 4
+    assert not any(psutil.pid_exists(each[4]) for each in found)
 
 
 def test_closures_will_do() -> None:
@@ -46,7 +48,7 @@ def fail_after(others_mark: Path) -> None:
     if os.environ["RANK"] == "0":
         while not others_mark.exists():
             time.sleep(0.01)
-        time.sleep(0.2)  # the other one is about to raise
+        time.sleep(0.5)  # the other one is about to raise
     else:
         others_mark.touch()
     raise KeyError(os.environ["RANK"])

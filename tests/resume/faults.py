@@ -38,7 +38,8 @@ class Fault:
         do: the signal's name; none if it is empty.
         whom: "self", "parent", "grandparent", "group" (this process and its siblings) or "all" of them.
         hangs_s: seconds for which this process then does nothing.
-        until: the thread that came here goes on when training, beside it, has begun so many passes.
+        since: it happens when training, beside the thread that came here, has begun so many passes.
+        until: that thread goes on when training has begun so many.
     """
 
     at: str
@@ -48,6 +49,7 @@ class Fault:
     do: str = "SIGKILL"
     whom: str = "self"
     hangs_s: float = 0.0
+    since: int = 0
     until: int = 0
 
 
@@ -115,12 +117,16 @@ class _Watch:
         return True
 
     def _happen(self, fault: Fault) -> None:
+        self._until_training(fault.since)
         if fault.do:
             _send(fault)
             time.sleep(fault.hangs_s)
             _until_agreed()
+        self._until_training(fault.until)
+
+    def _until_training(self, passes: int) -> None:
         deadline = time.monotonic() + 30
-        while self.visits["train"] < fault.until and time.monotonic() < deadline:
+        while self.visits["train"] < passes and time.monotonic() < deadline:
             time.sleep(0.002)
 
 

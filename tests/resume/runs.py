@@ -121,7 +121,7 @@ class Ended:
     err: str
 
 
-def shell(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 60) -> Ended:
+def shell(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 100) -> Ended:
     """``ddpkit ARGUMENTS`` to its end; fails if a process of it is left after that."""
     with started(*arguments, env=env) as process:
         out, err = process.communicate(timeout=timeout_s)
@@ -142,8 +142,8 @@ def started(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subp
     )
     try:
         yield process
-        process.wait(60)
-        _, alive = psutil.wait_procs(marked(mark), timeout=10)
+        process.wait(100)
+        _, alive = psutil.wait_procs(marked(mark), timeout=30)
         assert not alive, alive
     finally:
         process.kill()
@@ -163,7 +163,7 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 40) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 80) -> None:
     """Wait for a condition; it is asked again and again."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -189,13 +189,17 @@ def last_checkpoint(run_dir: Path) -> Path:
 
 
 def metrics(run_dir: Path) -> list[Tree]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = _whole_lines(run_dir / "metrics.jsonl")
     return [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
 def events(run_dir: Path, name: str | None = None) -> list[Tree]:
-    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines() if line]
-    return [line for line in lines if name in (None, line["event"])]
+    return [line for line in _whole_lines(run_dir / "events.jsonl") if name in (None, line["event"])]
+
+
+def _whole_lines(path: Path) -> list[Tree]:
+    """Without the one that is being written."""
+    return [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines() if line]
 
 
 def assert_same_end(run_dir: Path, reference: Path) -> None:

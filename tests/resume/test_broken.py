@@ -104,7 +104,6 @@ def test_the_warning_reaches_the_shell_and_all_broken_is_an_error_every_time(fin
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_any_flipped_bit_is_noticed_and_undone(finished: Path, tmp_path: Path) -> None:
     chance = random.Random(7)
     for number in range(25):

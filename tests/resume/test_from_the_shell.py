@@ -61,14 +61,14 @@ def test_whatever_is_killed_the_same_command_at_once_goes_on(tmp_path: Path) -> 
             cwd=ROOT,
             env=os.environ | env | {"TOY_RUN": mark},
             capture_output=True,
-            timeout=60,
+            timeout=100,
         )
         codes.append(ended.returncode)
     assert not pending(tmp_path / "faults")
     # The launcher was killed twice; otherwise it told of a failure. Of how many is not fixed: workers fetch ahead and
     # saves go on beside training, so that two accidents may fall into one attempt.
     assert codes.count(-signal.SIGKILL) == 2 and set(codes[:-1]) == {-signal.SIGKILL, 1}
-    assert not psutil.wait_procs(marked(mark), timeout=10)[1]
+    assert not psutil.wait_procs(marked(mark), timeout=30)[1]
     assert_same_end(tmp_path / "run", tmp_path / "reference")
     attempts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "attempts").iterdir())]
     assert [attempt.get("exit_code") for attempt in attempts] == [code if code >= 0 else None for code in codes]
@@ -99,13 +99,14 @@ def test_a_second_run_is_refused_and_the_first_is_not_disturbed(
     with started("run", config, env=env) as first:
         until(lambda: (tmp_path / "waiting-0").exists() and (tmp_path / "waiting-1").exists())
         until(lambda: bool(events(run_dir, "saved")))  # beside training
-        before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+        until(lambda: "step 3" in (run_dir / "logs/attempt-0/rank-0.log").read_text())  # by the launcher
+        before = _files(run_dir)
         second = shell("run", config, env=env)
         assert second.code == 2
         holder = json.loads((run_dir / "claim.json").read_text())["claimant"]
         assert f"pid {holder['process']['pid']} on {holder['place']['host']}" in second.err
         assert holder["process"]["pid"] in [child.pid for child in psutil.Process(first.pid).children(recursive=True)]
-        assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+        assert _files(run_dir) == before
 
         status = cli(capsys, "status", str(run_dir), "--json")
         found = json.loads(status.out)
@@ -117,9 +118,18 @@ def test_a_second_run_is_refused_and_the_first_is_not_disturbed(
         evaluated = shell("eval", str(run_dir), "-o", "launch.nproc_per_node=1", env=env)  # beside the running one
         assert json.loads(evaluated.out)["step"] == 4
         (tmp_path / "open").touch()
-        assert first.wait(60) == 0
+        assert first.wait(100) == 0
     assert_same_end(run_dir, tmp_path / "reference")
     assert not (run_dir / "claim.json").exists()
+
+
+def _files(run_dir: Path) -> dict[Path, int | str]:
+    """Each with the time of its last change; the claim, whose holder touches it now and then, with its content."""
+    return {path: path.read_text() if path.name == "claim.json" else _changed(path) for path in run_dir.rglob("*")}
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def test_of_two_started_together_one_trains(tmp_path: Path) -> None:
@@ -128,7 +138,7 @@ def test_of_two_started_together_one_trains(tmp_path: Path) -> None:
     with started("run", config, env=env) as one, started("run", config, env=env) as other:
         until(lambda: one.poll() is not None or other.poll() is not None)
         (tmp_path / "open").touch()
-        assert sorted([one.wait(60), other.wait(60)]) == [0, 2]
+        assert sorted([one.wait(100), other.wait(100)]) == [0, 2]
         refused = one if one.returncode == 2 else other
         assert refused.stderr is not None
         said = refused.stderr.read()
@@ -170,7 +180,7 @@ def test_a_stop_from_the_shell_and_what_status_says(
     with started("run", config, env=env) as process:
         until(lambda: (tmp_path / "waiting-0").exists() and (tmp_path / "waiting-1").exists())
         process.send_signal(number)
-        assert process.wait(60) == code
+        assert process.wait(100) == code
     (stopped,) = events(run_dir, "stopped")
     assert stopped["reason"] == number.name
     found = json.loads(cli(capsys, "status", str(run_dir), "--json").out)
@@ -185,7 +195,6 @@ def test_a_stop_from_the_shell_and_what_status_says(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_killed_at_random_moments(ranks: int, tmp_path: Path) -> None:
     chance = random.Random(ranks)

@@ -124,7 +124,6 @@ FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.listdir", "os.t
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_at_random_operations_on_files(ranks: int, tmp_path: Path) -> None:
     """Saves, restores, prunings and records are made of these; any of them may be the last that a process does."""

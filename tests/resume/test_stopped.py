@@ -75,7 +75,7 @@ def test_a_stopped_run_ends_with_the_same_bits(place: str, tmp_path: Path) -> No
 def test_a_stop_waits_for_the_save_under_way_and_then_saves_where_it_stands(tmp_path: Path) -> None:
     env = plan(
         tmp_path / "faults",
-        Fault("open", 1, rank=1, path="own-00001", do="SIGTERM", until=6),  # the save of step 4
+        Fault("open", 1, rank=1, path="own-00001", do="SIGTERM", since=5),  # in the save of step 4
     )
     assert start(tree(tmp_path / "run"), 2, env) == "SIGTERM"
     (stopped,) = events(tmp_path / "run", "stopped")

@@ -156,11 +156,11 @@ class Home:
 
 
 def _finish(process: Process) -> subprocess.CompletedProcess[str]:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=100)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def wait_for_end(cluster: Cluster, job_id: int, timeout: float = 90) -> Job:
+def wait_for_end(cluster: Cluster, job_id: int, timeout: float = 200) -> Job:
     """Wait until a job has ended for good; if it is requeued meanwhile, have Slurm start it sooner than it would."""
     ended: list[Job] = []
     hastened: set[int] = set()
@@ -181,7 +181,7 @@ def wait_for_end(cluster: Cluster, job_id: int, timeout: float = 90) -> Job:
     return ended[0]
 
 
-def assert_nothing_left(cluster: Cluster, within: float = 10) -> None:
+def assert_nothing_left(cluster: Cluster, within: float = 30) -> None:
     """No process of any job runs any more; slurmstepd may take a moment."""
 
     def left() -> list[psutil.Process]:

@@ -186,7 +186,7 @@ def test_whatever_is_killed(cluster: Cluster, reference: Path) -> None:
     for name, home in killed.items():
         _train(cluster, home)
         _of_job(cluster, jobs[name], KILLED[name]).kill()
-    ended = {name: wait_for_end(cluster, job, 150) for name, job in jobs.items()}
+    ended = {name: wait_for_end(cluster, job) for name, job in jobs.items()}
 
     # A launcher that is gone looks like its node; where nobody is left to say a word, the batch shell sees to the rest.
     for name, reason in (("follower", "node lost"), ("leader", "step lost"), ("srun", "step lost")):
@@ -231,7 +231,7 @@ def test_a_node_set_down(cluster: Cluster, reference: Path) -> None:
     for node in nodes:
         cluster.stop_node(node)
     for home, job in zip(homes, jobs, strict=True):
-        ended = wait_for_end(cluster, job, 120)
+        ended = wait_for_end(cluster, job)
         assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
         home.assert_done_like(reference)
         assert events(home.run_dir, "requeued") == []  # Slurm has done it already
@@ -279,13 +279,13 @@ if os.environ["RANK"] == "3":
     os.kill(os.getpid(), signal.SIGKILL)
 Path(f"{here}-{os.environ['RANK']}").touch()
 until(f"{here}-struck")
-time.sleep(0.05)
+time.sleep(0.4)
 raise RuntimeError("a consequence")
 """
 
 
 def test_the_first_of_several_failures_on_two_nodes(cluster: Cluster) -> None:
-    """Rank 3 fails 50 ms before the others, again and again."""
+    """Rank 3 fails soon before the others, again and again."""
     home = Home.made(cluster, "failing")
     (home.cwd / "failing.py").write_text(FAILING)
     shape = ("--nnodes", "2", "--nproc-per-node", "2")
@@ -298,7 +298,7 @@ def test_the_first_of_several_failures_on_two_nodes(cluster: Cluster) -> None:
         assert done.returncode == 0, done.stderr
         jobs[kind] = int(done.stdout)
     for kind, word in words.items():
-        assert wait_for_end(cluster, jobs[kind], 150).state == "FAILED"
+        assert wait_for_end(cluster, jobs[kind]).state == "FAILED"
         told = [json.loads(path.read_text())["how"] for path in (home.cwd / kind / "attempts").glob("*.json")]
         assert [how for how in told if not how.startswith(f"rank 3 failed: {word}")] == []
         assert len(told) == times[kind]
@@ -328,7 +328,7 @@ def test_the_same_job_several_times_at_once(cluster: Cluster, reference: Path) -
     ended = wait_for_end(cluster, job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
     for process in following:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=100)
         assert (process.returncode, out) == (0, f"{job}\n"), err
         assert "step 60" in err and f"ddpkit: job {job} is requeued" in err
         assert err.endswith(f"ddpkit: job {job}: done\n")

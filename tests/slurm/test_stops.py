@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.resume.runs import events
 from tests.slurm.cluster import Cluster, tail
 
 pytestmark = pytest.mark.slow
@@ -54,9 +54,7 @@ class Job:
         self.id = cluster.submit(command, *spread, *options)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        path = self.run_dir / "events.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [event for event in map(json.loads, lines) if event["event"] == name]
+        return events(self.run_dir, name) if (self.run_dir / "events.jsonl").exists() else []
 
     def comes_back_and_ends(self, timeout: float) -> None:
         """Wait for one restart and the end; every sample was used once in each epoch, over both starts."""

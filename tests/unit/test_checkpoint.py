@@ -909,6 +909,9 @@ KILLER = textwrap.dedent(
             step += 1
             one.save(step, lambda: take(step))
 
+    def reached(directory):
+        return max((int(path.name[5:]) for path in directory.glob("step-*")), default=0)
+
     def newest(directory):
         return check(store(directory).load_newest(read_only=True))
 
@@ -931,7 +934,10 @@ KILLER = textwrap.dedent(
     half_written, before = 0, 0
     for _ in range(15):  # at random moments
         pid = forked(lambda: saves_for_ever(root / "random"))
-        time.sleep(draw.uniform(0.02, 0.12))
+        deadline = time.monotonic() + 60
+        while reached(root / "random") <= before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         half_written += any(True for _ in (root / "random").glob(".*.tmp"))

@@ -193,7 +193,7 @@ def test_the_layers_import_one_way() -> None:
     for path in (ROOT / "launch").rglob("*.py"):
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) launch\b", text, re.MULTILINE), path
-        if path.name not in ("export.py", "meeting.py"):  # loaded late; by the agent alone
+        if path.name not in ("export.py", "meeting.py", "torch_agent.py"):  # loaded late; by the agent alone
             assert not re.search(r"^(from|import) torch\b", text, re.MULTILINE), path
     others = {"inline", "local", "torchrun", "slurm"}
     for name in others:

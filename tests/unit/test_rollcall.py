@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import zlib
 from dataclasses import replace
 
 from torch._C._distributed_c10d import HashStore
 
-from ddpkit.rollcall import Answer, ask, asked, is_timeout, judge
+from ddpkit.rollcall import Answer, _is_busy, ask, asked, is_timeout, judge
 
 WAITS = Answer("training", 7, "a collective", 10.0, collectives=30, at="train.py:9 in step: loss.backward()")
 LATE = Answer("training", 7, None, 9.0, 29, "train.py:5 in step: lock.acquire()", ["  File train.py, line 5"])
@@ -23,6 +25,26 @@ def test_a_late_rank_is_named_with_its_stack_and_who_waits_where() -> None:
     assert text.splitlines()[0].startswith("rank 1 (training, 7 steps done) has done nothing for 9 s, at train.py:5")
     assert "rank 0 waits for a collective (its number 30), training" in text
     assert text.endswith("rank 1, Python stack:\n  File train.py, line 5")
+
+
+def test_who_computes_is_told_from_who_waits() -> None:
+    over, lock = threading.Event(), threading.Lock()
+    lock.acquire()
+
+    def compute() -> None:
+        while not over.is_set():
+            zlib.compress(bytes(1 << 20))  # without the interpreter's lock, as a backward pass
+
+    threads = [threading.Thread(target=compute), threading.Thread(target=lock.acquire)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert [_is_busy(thread) for thread in threads] == [True, False]
+    finally:
+        over.set()
+        lock.release()
+        for thread in threads:
+            thread.join()
 
 
 def test_who_has_a_question_to_answer_does_not_ask() -> None:
