@@ -97,12 +97,12 @@ def main():
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--out", default="runs/own")
     with ddpkit.runtime(seed=0) as rt:
-        return Trainer(rt, parser.parse_args([])).fit()
+        sys.exit(Trainer(rt, parser.parse_args([])).fit())
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        main()
     except SystemExit as end:
         if end.code != 0:
             raise
