@@ -54,9 +54,10 @@ def test_the_page_and_the_readme_are_typed(cluster: Cluster) -> None:
         """Type a line of a page, as it stands there; what it prints on standard output, and on standard error."""
         words = line.replace("RUN_DIR", "runs/mine").split()
         command = [sys.executable, "-m", "ddpkit", *words[1:]] if words[0] == "ddpkit" else words
-        done = home.command(*command, *options)
-        assert done.returncode == 0, done.stderr
-        return done.stdout, done.stderr
+        process = home.start(*command, *options, prefix=())
+        out, err = process.communicate(timeout=150)
+        assert process.returncode == 0, err
+        return out, err
 
     # What would be submitted, and the job itself, long enough to be looked at.
     printed, _ = typed(dry_run)
@@ -84,7 +85,7 @@ def test_the_page_and_the_readme_are_typed(cluster: Cluster) -> None:
     assert {f"{job}_submission.sh", "plan.json", "outcome.json"} <= {path.name for path in watched[0].parent.iterdir()}
 
     # Submitted again it goes on; this time it is followed.
-    _, shown = typed(wait, "-o", "train.epochs=1000", "-o", f"train.max_steps={metrics(run_dir)[-1]['step'] + 20}")
+    _, shown = typed(wait, "-o", "train.epochs=null", "-o", f"train.max_steps={metrics(run_dir)[-1]['step'] + 20}")
     assert "goes on at step" in shown and "is requeued" not in shown
 
     # The README's command; a sweep, which is not waited for.
@@ -102,9 +103,7 @@ def test_the_page_and_the_readme_are_typed(cluster: Cluster) -> None:
     # From Python: the block, with a function before it and what it gives after it.
     function = "def train(rate, epochs):\n    import os\n    return os.environ['RANK'], rate, epochs\n\n\n"
     told = "\nprint(job.job_id.isdigit(), results)\n"
-    here = python.replace('partition="gpu"', 'partition="low", cpus_per_task=4')
-    script = Path(home.cwd / "submits.py")
-    script.write_text(function + here + told)
-    done = home.command(sys.executable, "submits.py")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"True {[(str(rank), 0.1, 3) for rank in range(8)]}"
+    here = python.replace('partition="gpu"', 'partition="low"')
+    (home.cwd / "submits.py").write_text(function + here + told)
+    printed, _ = typed(f"{sys.executable} submits.py")
+    assert printed.splitlines()[-1] == f"True {[(str(rank), 0.1, 3) for rank in range(8)]}"
