@@ -5,6 +5,7 @@ The partition is the cluster's; what its nodes lack (GPUs, modules, 8 cores for 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -96,7 +97,9 @@ def test_the_page_and_the_readme_are_typed(cluster: Cluster) -> None:
     array = typed(sweep, "-o", "run_dir=runs/sweep")[0].strip()
     found = cluster.run("scontrol", "show", "job", "--oneliner", array).stdout
     assert re.findall(r"ArrayTaskId=(\S+)", found), found
-    assert (home.cwd / "runs/sweep/optimizer.args.lr=0.1,seed=1").is_dir()
+    plans = [json.loads(path.read_text()) for path in (home.cwd / "runs/sweep/slurm/submission-0").glob("plan-*.json")]
+    of_runs = {plan["job"]["config"]["run_dir"] for plan in plans}
+    assert of_runs == {f"runs/sweep/optimizer.args.lr={rate},seed={seed}" for rate in (0.1, 0.01) for seed in (1, 2, 3)}
     cluster.run("scancel", array)
     assert wait_for_end(cluster, int(job)).state == "COMPLETED"
 
