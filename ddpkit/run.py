@@ -244,7 +244,7 @@ class Run:
             if isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED):
                 self._write_line()
                 if error.code != EXIT_STOPPED and self._is_past_epochs:
-                    self.finish()
+                    self._tell_end()
             else:
                 self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
         finally:  # whatever comes of the line, the claim is given back
@@ -537,6 +537,9 @@ class Run:
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
         self._save(must=True)
+        self._tell_end()
+
+    def _tell_end(self) -> None:
         self._is_ended = True
         early = self.ended_early
         self._recorder.event("finished", step=self.progress.step, **({} if early is None else {"reason": early}))
