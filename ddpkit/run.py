@@ -176,6 +176,7 @@ class Run:
         self._is_fit = is_fit
         self._counted: Pass | None = None
         self._is_ended = True  # nothing has been done yet that is not saved
+        self._is_past_epochs = False
         self._length: tuple[int | None, int | None] = (None, None)
         self._clock = StepClock(rt.device)
         self._gauges = Gauges(rt.device, [item for item in objects.values() if isinstance(item, nn.Module)])
@@ -242,6 +243,8 @@ class Run:
         try:
             if isinstance(error, SystemExit) and error.code in (None, 0, EXIT_STOPPED):
                 self._write_line()
+                if error.code != EXIT_STOPPED and self._is_past_epochs:
+                    self._tell_end()
             else:
                 self._recorder.event("failed", step=self.progress.step, cause=f"{type(error).__name__}: {error}")
         finally:  # whatever comes of the line, the claim is given back
@@ -269,8 +272,9 @@ class Run:
 
         What a script does after its inner loop (validation, a scheduler's step) belongs to the epoch: it is done
         before the epoch's last step is saved, so that a restart neither repeats nor skips it. A restart in the middle
-        of an epoch comes to that epoch's beginning again, and its loop goes on at the batch where it stopped. At the
-        end the run is saved. Collective at every turn.
+        of an epoch comes to that epoch's beginning again, and its loop goes on at the batch where it stopped. After
+        the last one the run is saved, and finished when the script leaves it: until then it may count further, as one
+        with several phases does. Collective at every turn.
         """
         self.is_to_last(epochs=count)
         while self.progress.epoch < count and self.ended_early is None:
@@ -278,7 +282,8 @@ class Run:
             self.begin_epoch()
             yield self.progress.epoch
             self.end_epoch(is_last=self.progress.epoch + 1 >= count)
-        self.finish()
+        self._save(must=True)
+        self._is_ended, self._is_past_epochs = False, True
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -532,6 +537,9 @@ class Run:
     def finish(self) -> None:
         """Save the end of the run. A run that cannot save its end has failed. Collective."""
         self._save(must=True)
+        self._tell_end()
+
+    def _tell_end(self) -> None:
         self._is_ended = True
         early = self.ended_early
         self._recorder.event("finished", step=self.progress.step, **({} if early is None else {"reason": early}))
@@ -608,7 +616,7 @@ class Run:
             self._save(must=True)
 
     def _note_samples(self) -> None:
-        self._is_ended = False
+        self._is_ended = self._is_past_epochs = False
         if self._loader is not None:
             self.progress.samples = self._loader.consumed
             self._counted = self._loader.current

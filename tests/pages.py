@@ -7,6 +7,9 @@ command that does not end with 0 says so, as ``[exit code 1]``.
 
 Where commands build on each other and nobody presses a key, ``sh`` blocks run in one shell, and the lines of ``text``
 blocks have to come in what they print, in this order; ``...`` stands for anything.
+
+What is set in by four spaces is a block as well, of the language ``indented``: commands with ``CONFIG.yaml`` or
+``RUN_DIR`` in them, in the place of which a test puts its own.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import signal
 import socket
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +28,7 @@ from pathlib import Path
 from tests.launch.shell import HANG_S, ROOT, Shell, finish, wait_for
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_INDENTED = re.compile(r"(?<=\n\n)(?: {4}.*\n|\n(?= {4}))+")
 _FILE = re.compile(r"# ([\w./-]+\.\w+)\n")
 # What differs from run to run; a rank's number and an exit code do not.
 _NUMBER = re.compile(r"(?<!rank )(?<!code )(?<![\w.])\d[\d.]*(?:e[-+]\d+)?\b")
@@ -32,7 +37,7 @@ _KEPT_TOGETHER = re.compile(r"\s+")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, and the title of the section that it is in."""
+    """A block: its language, its text, and the title of the section that it is in."""
 
     language: str
     text: str
@@ -46,14 +51,25 @@ class Block:
 
 
 def blocks(page: str) -> list[Block]:
-    """All fenced blocks of a page, such as ``docs/training.md``."""
+    """All blocks of a page, such as ``docs/training.md``, in order."""
     text = (ROOT / page).read_text()
     titles = [(0, ""), *((found.start(), found[1]) for found in re.finditer(r"^##+ (.*)$", text, re.MULTILINE))]
 
     def section(place: int) -> str:
         return [title for start, title in titles if start <= place][-1]
 
-    return [Block(found[1], found[2], section(found.start())) for found in _FENCED.finditer(text)]
+    fenced = {found.start(): Block(found[1], found[2], section(found.start())) for found in _FENCED.finditer(text)}
+    prose = _FENCED.sub(lambda found: "-" * len(found[0]), text)
+    indented = {
+        found.start(): Block("indented", textwrap.dedent(found[0]), section(found.start()))
+        for found in _INDENTED.finditer(prose)
+    }
+    return [block for _, block in sorted((fenced | indented).items())]
+
+
+def spans(page: str) -> list[str]:
+    """What stands between backquotes in a page's text, beside its blocks."""
+    return re.findall(r"`([^`\n]+)`", _FENCED.sub("", (ROOT / page).read_text()))
 
 
 def of_language(page: str, language: str) -> list[str]:

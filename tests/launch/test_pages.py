@@ -116,7 +116,8 @@ def test_every_command_of_the_table(shell: Shell, monkeypatch: pytest.MonkeyPatc
 
 def test_links_lead_somewhere() -> None:
     found = 0
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    pages_of_the_root = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
+    for page in [*pages_of_the_root, *(ROOT / "docs").glob("*.md")]:
         for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
             target = page.parent / name if name else page
             assert target.exists(), (page.name, name)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 import ddpkit
 from ddpkit import config as configs
@@ -18,21 +16,12 @@ PAGE = "docs/training.md"
 PIECES = pages.of_language(PAGE, "yaml")
 
 
-def _merged(base: Any, piece: Any) -> Any:
-    if not (isinstance(base, dict) and isinstance(piece, dict)):
-        return piece
-    return {**base, **{key: _merged(base.get(key), value) for key, value in piece.items()}}
-
-
 @pytest.mark.parametrize("piece", PIECES)
 def test_every_piece_is_a_config(piece: str, tmp_path: Path) -> None:
     (whole,) = pages.of_language("README.md", "yaml")
-    yaml = YAML(typ="safe")
-    path = tmp_path / "config.yaml"
-    tree = _merged(yaml.load(whole), yaml.load(piece))
-    with path.open("w") as file:
-        yaml.dump(tree, file)
-    assert configs.load(path)
+    (tmp_path / "whole.yaml").write_text(whole)
+    (tmp_path / "piece.yaml").write_text(f"defaults: [whole]\n{piece}")
+    assert configs.load(tmp_path / "piece.yaml")
 
 
 def test_there_are_no_other_blocks() -> None:

@@ -1,4 +1,5 @@
-"""The examples for Slurm on a real cluster: preempted and back, an array, an allocation, a batch script."""
+"""The examples on a real cluster: those for Slurm preempted and back, as array, allocation and batch script; the others
+as jobs."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from examples import digits
+from examples.finetune.pretrain import pretrain
+from tests.examples.test_launchers import CONFIGS, SCRIPTS
+from tests.examples.test_launchers import SHORT as TWO_STEPS
 from tests.resume.runs import ROOT, events, metrics
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import wait_for_end
@@ -28,20 +33,40 @@ def paced_step(model: Any, batch: Any) -> Any:
     return digits.train_step(model, batch)
 
 
-def test_the_examples_for_slurm(cluster: Cluster) -> None:
-    cwd = cluster.work / "examples-for-slurm"
-    cwd.mkdir()
-    for name in ("examples", "configs", "tests"):
-        os.symlink(ROOT / name, cwd / name)
-    path = os.pathsep.join([str(Path(sys.executable).parent), cluster.env["PATH"]])
-    env = cluster.env | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+@dataclass(frozen=True)
+class Clone:
+    """A directory on the login node that has the examples as the repository's root has them."""
 
-    def run(*command: str) -> str:
+    cluster: Cluster
+    cwd: Path
+
+    @classmethod
+    def made(cls, cluster: Cluster, name: str) -> Clone:
+        cwd = cluster.work / name
+        cwd.mkdir()
+        for each in ("examples", "configs", "tests"):
+            os.symlink(ROOT / each, cwd / each)
+        return cls(cluster, cwd)
+
+    def run(self, *command: str) -> str:
+        """A command to its end, which has to be a good one; what it prints."""
+        path = os.pathsep.join([str(Path(sys.executable).parent), self.cluster.env["PATH"]])
         done = subprocess.run(
-            command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150
+            command,
+            cwd=self.cwd,
+            env=self.cluster.env | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+
+def test_the_examples_for_slurm(cluster: Cluster) -> None:
+    clone = Clone.made(cluster, "examples-for-slurm")
+    run, cwd = clone.run, clone.cwd
 
     # Preempted in the middle, it saves, comes back by itself, and ends.
     step = ("-o", f"train.step={__name__}:paced_step")
@@ -69,3 +94,23 @@ def test_the_examples_for_slurm(cluster: Cluster) -> None:
     assert ends == [44] * 6
     assert wait_for_end(cluster, batch).state == "COMPLETED"
     assert (cwd / "runs/minimal/checkpoints/step-00000128").is_dir()
+
+
+def test_the_other_examples_as_jobs(cluster: Cluster) -> None:
+    """All at once: a job for each, on one node with two ranks, as a reader would submit it."""
+    clone = Clone.made(cluster, "other-examples")
+    pretrain(clone.cwd / "runs/pretrained.pth", epochs=1)
+    slurm = ("--launcher", "slurm", "-o", "launch.slurm.partition=low")
+    jobs = []
+    for example, smaller in CONFIGS.items():
+        options = [part for each in (*TWO_STEPS, *smaller, "launch.nproc_per_node=2") for part in ("-o", each)]
+        jobs.append(clone.run("ddpkit", "run", f"examples/{example}/config.yaml", *slurm, *options))
+    for example in SCRIPTS:
+        jobs.append(clone.run("ddpkit", "launch", *slurm, "--nproc-per-node", "2", f"examples/{example}"))
+    for job in jobs:
+        ended = wait_for_end(cluster, int(job), timeout=300)
+        assert ended.state == "COMPLETED", ended.output.read_text()
+    for example in CONFIGS:
+        assert metrics(clone.cwd / "runs" / example)[-1]["step"] == 2, example
+    for run_dir, steps in (("minimal", SCRIPTS["minimal.py"]), ("signals", SCRIPTS["before_after/after.py"])):
+        assert (clone.cwd / f"runs/{run_dir}/checkpoints/step-{steps:08}/manifest.json").exists()
