@@ -824,6 +824,11 @@ def _keeps_place(objects: Mapping[str, Any]) -> bool:
 
 
 def _check_objects(objects: Mapping[str, Any]) -> None:
+    optimizers = [item for item in objects.values() if isinstance(item, Optimizer)]
+    if any(isinstance(item, Zero) for item in objects.values()) and not all(
+        isinstance(item, ZeroOptimizer) for item in optimizers
+    ):
+        raise UserError("DeepSpeed: the model needs its optimizer: optimizer = rt.wrap_optimizer(optimizer, model)")
     for name, item in objects.items():
         if not isinstance(item, Stateful):
             raise UserError(

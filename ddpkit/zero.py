@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from ddpkit.checkpoint.shards import Layout, Sharded
@@ -55,6 +56,12 @@ class Zero(nn.Module):
                 )
             if parameter.ndim == 0:
                 raise UserError(f"DeepSpeed: {name} is a single number; make it a tensor of shape (1,)")
+        for name, part in module.named_modules() if config.bf16 else ():
+            if isinstance(part, _NormBase) and part.running_mean is not None:
+                raise UserError(
+                    f"DeepSpeed: {name} ({type(part).__name__}) has running statistics, which DeepSpeed leaves in "
+                    "float32, and torch cannot have beside parameters in bfloat16: use fp32, or another normalisation"
+                )
 
     @property
     def spreads_parameters(self) -> bool:
@@ -91,7 +98,8 @@ class Zero(nn.Module):
     def begin(self, optimizer: Optimizer) -> None:
         """Have the engine, over an optimizer of the module's parameters, which it changes. Collective."""
         deepspeed = _imported(self.device)
-        with _device_in_environment(self.device), _few_words():
+        # It prints here and there.
+        with _in_environment("LOCAL_RANK", str(self.device.index or 0)), contextlib.redirect_stdout(sys.stderr):
             engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self.config.for_engine(), dist_init_required=False
             )
@@ -182,7 +190,7 @@ class Zero(nn.Module):
                 values: dict[str, Any] = {}
                 for key, value in kept.items():
                     if isinstance(value, Tensor) and value.shape == first.shape:
-                        value = self._rows(_api().safe_get_full_optimizer_state(parameter, key))
+                        value = self._rows(self._whole_kept(parameter, value, key))
                     elif isinstance(value, Tensor) and value.numel() > 1:
                         raise StateError(f"DeepSpeed: {key!r} of the optimizer's state belongs to no parameter")
                     values[key] = copy.deepcopy(value)
@@ -202,12 +210,10 @@ class Zero(nn.Module):
                     else copy.deepcopy(value)
                     for key, value in (own[0] if own else {}).items()
                 }
-            if not self.spreads_parameters:
-                self.engine.optimizer._lazy_init_hp_params_optimizer_state()
             for parameter, shape, values in zip(group["params"], shapes, own, strict=True):
                 for key, value in values.items():
                     if _is_shaped(value, shape):
-                        self._set(parameter, _read(value).to(self.device), key)
+                        self._set_kept(parameter, _read(value).to(self.device), index, key)
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
         if parameter.requires_grad:
@@ -216,23 +222,40 @@ class Zero(nn.Module):
         with self._gathered(parameter):
             return parameter.detach().float().clone()
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, key: str | None = None) -> None:
-        """Of the parameter itself, or of what the optimizer keeps for it under a key."""
-        api, args = _api(), () if key is None else (key,)
-        if key is None and (self.spreads_parameters or not parameter.requires_grad):
+    def _set(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self.spreads_parameters or not parameter.requires_grad:
             with self._gathered(parameter, changes=True):
                 parameter.copy_(value)
         if not parameter.requires_grad:
             return
-        name = "optimizer_state" if key else "fp32_param"
-        if not self.spreads_parameters:
-            getattr(api, f"safe_set_full_{name}")(parameter, value, *args)
-            return
-        size = getattr(api, f"safe_get_local_{name}")(parameter, *args).numel()
-        part = torch.zeros(size, dtype=value.dtype, device=value.device)
-        own = value.flatten()[dist.get_rank() * size :][:size]  # the last parts may be short of numbers, or empty
-        part[: own.numel()] = own
-        getattr(api, f"safe_set_local_{name}")(parameter, part, *args)
+        api = _api()
+        if self.spreads_parameters:
+            api.safe_set_local_fp32_param(parameter, _own_part(value, api.safe_get_local_fp32_param(parameter)))
+        else:
+            api.safe_set_full_fp32_param(parameter, value)
+
+    def _whole_kept(self, parameter: nn.Parameter, flat: Tensor, key: str) -> Tensor:
+        """What the optimizer keeps for a parameter under a key. Collective."""
+        if self.spreads_parameters:
+            found: Tensor = _api().safe_get_full_optimizer_state(parameter, key)
+            return found
+        # Of several groups, DeepSpeed's own function finds only what the first one has.
+        whole = torch.zeros(parameter.numel(), dtype=flat.dtype, device=flat.device)
+        here = parameter._hp_mapping  # type: ignore[attr-defined]
+        if here is not None:
+            _slice(whole, here.lp_fragment_address).copy_(_slice(flat, here.hp_fragment_address))
+        dist.all_reduce(whole)
+        return whole.view(parameter.shape)
+
+    def _set_kept(self, parameter: nn.Parameter, value: Tensor, index: int, key: str) -> None:
+        """The same of a parameter in the group of this number."""
+        if self.spreads_parameters:
+            api = _api()
+            part = _own_part(value, api.safe_get_local_optimizer_state(parameter, key))
+            api.safe_set_local_optimizer_state(parameter, part, key)
+        elif (here := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
+            flat = self._base.state[self._flat(index)[0]][key]
+            _slice(flat, here.hp_fragment_address).copy_(_slice(value.flatten(), here.lp_fragment_address))
 
     @contextmanager
     def _gathered(self, parameter: nn.Parameter, changes: bool = False) -> Iterator[None]:
@@ -352,6 +375,19 @@ def _check_is_known(optimizer: Optimizer, config: ZeroConfig) -> None:
         raise UserError(f"DeepSpeed: {unknown_optimizer(kind.__name__)}")
 
 
+def _slice(flat: Tensor, where: Any) -> Tensor:
+    """What is at one of DeepSpeed's addresses."""
+    return flat[where.start : where.start + where.numel]
+
+
+def _own_part(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a parameter, of which all ranks have equally many numbers: the last ones may be no one's."""
+    part = torch.zeros_like(like, dtype=value.dtype)
+    own = value.flatten()[dist.get_rank() * like.numel() :][: like.numel()]
+    part[: own.numel()] = own
+    return part
+
+
 def _read(saved: Tensor | Sharded) -> Tensor:
     return saved.whole() if isinstance(saved, Sharded) else saved
 
@@ -366,14 +402,10 @@ def _api() -> Any:
 
 def _imported(device: torch.device) -> Any:
     """DeepSpeed, on this kind of device, and on the process group that there is. Collective the first time."""
-    with contextlib.redirect_stdout(sys.stderr):  # where its log goes from now on; standard output is the program's
+    # Where its log goes from now on: standard output is the program's.
+    with contextlib.redirect_stdout(sys.stderr), _in_environment("DS_ACCELERATOR", device.type):
         deepspeed = importlib.import_module("deepspeed")
     if device.type == "cpu":
-        from deepspeed.accelerator import get_accelerator, set_accelerator
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        if get_accelerator().device_name() != "cpu":
-            set_accelerator(CPU_Accelerator())
         # Sums of its own over shared memory: compiled for a minute when first used, and waiting without a limit.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed calls torch by names that are to change, and torch says so in each step.
@@ -383,20 +415,14 @@ def _imported(device: torch.device) -> Any:
 
 
 @contextmanager
-def _few_words() -> Iterator[None]:
-    with contextlib.redirect_stdout(sys.stderr):  # it prints here and there
-        yield
-
-
-@contextmanager
-def _device_in_environment(device: torch.device) -> Iterator[None]:
-    """DeepSpeed takes the number of its device from there alone."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
+def _in_environment(name: str, value: str) -> Iterator[None]:
+    """What DeepSpeed takes from there alone."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ["LOCAL_RANK"]
+            del os.environ[name]
         else:
-            os.environ["LOCAL_RANK"] = before
+            os.environ[name] = before
