@@ -54,7 +54,7 @@ def read(path: str | Path | None) -> Settings:
         raise ConfigError("accelerate is not installed here: pip install accelerate")
     if path is None:
         return Settings()
-    found = _parsed(Path(path))
+    found = _parsed(Path(path).expanduser())
     kind = str(found.get("distributed_type"))
     if kind not in (*_REPLICATED, _DEEPSPEED):
         instead = _INSTEAD.get(kind, f"use one of {_CHOICES}")

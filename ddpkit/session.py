@@ -381,7 +381,7 @@ class Runtime:
         given = [*callbacks, *([Trackers(trackers)] if trackers else []), *([ProgressBar()] if progress_bar else [])]
         run = Run(
             self,
-            Path(run_dir),
+            Path(run_dir).expanduser(),
             objects,
             every_steps=every_steps,
             every_minutes=every_minutes,

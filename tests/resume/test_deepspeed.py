@@ -166,6 +166,7 @@ def test_groups_weights_frozen_and_tied_parameters_are_as_with_ddp(stage: int, t
         "data__drop_last": False,
         "data__micro_batch_size": 2,
         "checkpoint__asynchronous": True,
+        "model__activation_checkpointing": ["LayerNorm", "back"],
     }
     how |= {"optimizer__groups": groups, "optimizer__no_decay": ["norms", "biases"], "optimizer__args": {"lr": 0.02}}
     assert start(tree(tmp_path / "ddp", **how), 2) == "done"
