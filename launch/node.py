@@ -13,8 +13,6 @@ then ends what the ranks had started.
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
 import json
 import os
 import select
@@ -35,6 +33,7 @@ from ddpkit import rendezvous, world
 from ddpkit.orphans import TIDY_S, adopt_orphans, die_with_parent, end_marked, on_parents_death, tidies_up
 
 from . import rank as rank_process
+from . import warm
 from .job import HELD_SIGNALS, STOP_SIGNALS, Job, RankOrder
 from .lines import Lines
 from .memory import Watch
@@ -56,7 +55,7 @@ def main(control_fd: str, start_method: str, scratch: str) -> NoReturn:
         on_parents_death(signal.SIGKILL)
         if _is_over(control):  # the launcher was gone before that signal was asked for
             _leave()
-        _import_once("torch._dynamo", "torch.nn.parallel", "torch.optim", "torch.utils.data", "ddpkit.session")
+        warm.import_torch()
         on_parents_death(0)
     me = os.getpid()
     node = _Node(control, start_method, scratch)
@@ -67,21 +66,6 @@ def main(control_fd: str, start_method: str, scratch: str) -> NoReturn:
             end_descendants()
             shutil.rmtree(scratch, ignore_errors=True)  # if the launcher is not there to do so
     _leave()
-
-
-def _import_once(*names: str) -> None:
-    """Import what all ranks need before there are any.
-
-    DDP's constructor imports torch._dynamo otherwise, in each rank: 8 ranks would start 3 times as slowly. Without the
-    collector, which goes through what is there again and again as it grows, and finds 9 thousand of 490 thousand
-    objects: that is a quarter of the time. Nor is it to go through it in the ranks, where it would write to every
-    object's page.
-    """
-    gc.disable()
-    for name in names:
-        importlib.import_module(name)
-    gc.freeze()
-    gc.enable()
 
 
 def _is_over(control: socket.socket) -> bool:
@@ -147,7 +131,7 @@ class _Node:
     def _start(self, job: Job, orders: list[RankOrder]) -> None:
         end_descendants()  # of an attempt before: its store, whose keys mislead plain scripts, and what ranks have left
         if self._start_method == "warm" and job.kind in ("run", "eval"):
-            _import_once("ddpkit.worker")  # with the config's types: a tenth of a second that scripts do without
+            warm.import_worker()
         start_guard(self._control, self._scratch, self._listener)
         if self._listener is not None:  # it was sent ahead
             self._listener.close()
