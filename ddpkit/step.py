@@ -83,7 +83,8 @@ class TrainStep:
         self.scaler = self._precision.scaler(device)
         if self._zero is not None:
             self._check_can_be_zero(self._zero)
-            self._zero.clip(clip_grad_norm)
+            if clip_grad_norm is not None:
+                self._zero.clip(clip_grad_norm)
         self.recorded_weight = 0.0
         self.fault: Fault | None = None
         self._weight_sum: Tensor | None = None

@@ -97,6 +97,8 @@ class Zero(nn.Module):
 
     def begin(self, optimizer: Optimizer) -> None:
         """Have the engine, over an optimizer of the module's parameters, which it changes. Collective."""
+        from torch.distributed.device_mesh import init_device_mesh
+
         deepspeed = _imported(self.device)
         # It prints here and there.
         with _in_environment("LOCAL_RANK", str(self.device.index or 0)), contextlib.redirect_stdout(sys.stderr):
@@ -106,6 +108,7 @@ class Zero(nn.Module):
         if self.config.bf16:
             cast_around(self.module)
         self.__dict__["engine"] = engine
+        self._mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         self._is_last_pass(True)
 
     def release(self) -> None:
@@ -134,10 +137,9 @@ class Zero(nn.Module):
             else:
                 gradient.mul_(factor.to(gradient.dtype))
 
-    def clip(self, max_norm: float | None) -> None:
-        """Have steps scale the gradient so that its norm is this at most; None: leave it as it is."""
-        if self.engine is not None:
-            self.engine.optimizer.clip_grad = max_norm or 0.0
+    def clip(self, max_norm: float) -> None:
+        """Have steps scale the gradient so that its norm is this at most, whatever the config says."""
+        self.engine.optimizer.clip_grad = max_norm
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         if self.spreads_parameters:
@@ -190,10 +192,11 @@ class Zero(nn.Module):
                 values: dict[str, Any] = {}
                 for key, value in kept.items():
                     if isinstance(value, Tensor) and value.shape == first.shape:
-                        value = self._rows(self._whole_kept(parameter, value, key))
+                        values[key] = self._rows(self._whole_kept(parameter, value, key))
                     elif isinstance(value, Tensor) and value.numel() > 1:
                         raise StateError(f"DeepSpeed: {key!r} of the optimizer's state belongs to no parameter")
-                    values[key] = copy.deepcopy(value)
+                    else:
+                        values[key] = copy.deepcopy(value)
                 found.append(values)
         return found
 
@@ -203,12 +206,14 @@ class Zero(nn.Module):
         for index, group in enumerate(groups):
             own = [next(states) for _ in group["params"]]
             shapes = [tuple(getattr(each, "ds_shape", each.shape)) for each in group["params"]]
+            # A parameter that was never used may have nothing.
+            pattern, shape = next((pair for pair in zip(own, shapes, strict=True) if pair[0]), ({}, ()))
             for flat in self._flat(index):
                 self._base.state[flat] = {
                     key: torch.zeros_like(flat, requires_grad=False)
-                    if _is_shaped(value, shapes[0])
+                    if _is_shaped(value, shape)
                     else copy.deepcopy(value)
-                    for key, value in (own[0] if own else {}).items()
+                    for key, value in pattern.items()
                 }
             for parameter, shape, values in zip(group["params"], shapes, own, strict=True):
                 for key, value in values.items():
@@ -269,15 +274,12 @@ class Zero(nn.Module):
 
     def _rows(self, whole: Tensor) -> Tensor:
         """This rank's rows of a tensor of which all ranks have all, as DTensor."""
-        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
 
-        size = dist.get_world_size()
-        ((start, stop), *_) = Layout(tuple(whole.shape), (size,), (0,)).region(dist.get_rank())
-        mesh = init_device_mesh(self.device.type, (size,))
+        ((start, stop), *_) = Layout(tuple(whole.shape), (dist.get_world_size(),), (0,)).region(dist.get_rank())
         rows = whole[start:stop].clone()  # without what the others have
         made: Tensor = DTensor.from_local(
-            rows, mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+            rows, self._mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
         return made
 
@@ -301,7 +303,8 @@ class Zero(nn.Module):
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
 
     def _is_last_pass(self, is_last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(is_last)
+        if self.engine is not None:  # where it is not there yet, the forward pass says so
+            self.engine.set_gradient_accumulation_boundary(is_last)
 
 
 class ZeroOptimizer(Optimizer):
