@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Zero(nn.Module):
         self.config = config
         self.device = device
         self._is_apart = False
+        self._surroundings = ExitStack()
+        self._inner_passes = 0  # since the last step, those that were not a step's last
         self.__dict__["engine"] = None  # past nn.Module, which would take it for a part that has this one's parameters
         for name, parameter in module.named_parameters():
             if parameter.dtype != torch.float32:
@@ -90,18 +92,21 @@ class Zero(nn.Module):
     def unsynced(self) -> Iterator[None]:
         """The context for passes that are not a step's last."""
         self._is_last_pass(False)
+        before = self._passes()
         try:
             yield
         finally:
             self._is_last_pass(True)
+            self._inner_passes += self._passes() - before
 
     def begin(self, optimizer: Optimizer) -> None:
         """Have the engine, over an optimizer of the module's parameters, which it changes. Collective."""
         from torch.distributed.device_mesh import init_device_mesh
 
         deepspeed = _imported(self.device)
-        # It prints here and there.
-        with _in_environment("LOCAL_RANK", str(self.device.index or 0)), contextlib.redirect_stdout(sys.stderr):
+        number = os.environ.get("LOCAL_RANK", "0") if self.device.index is None else str(self.device.index)
+        self._surroundings.enter_context(_in_environment("LOCAL_RANK", number))  # it looks there again and again
+        with contextlib.redirect_stdout(sys.stderr):  # it prints here and there
             engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self.config.for_engine(), dist_init_required=False
             )
@@ -111,8 +116,24 @@ class Zero(nn.Module):
         self._mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         self._is_last_pass(True)
 
+    def step(self) -> None:
+        """Clip, step the optimizer, and forget the gradients. Collective.
+
+        Raises:
+            UserError: several passes were taken for the step's last one, of which DeepSpeed has not the sum.
+        """
+        last, self._inner_passes = self._passes() - self._inner_passes, 0
+        if last > 1 and not self.spreads_parameters:
+            raise UserError(
+                f"DeepSpeed: {last} backward passes in this step, each as if it were the step's last. With a "
+                "micro_batch_size for the loader, put each batch's forward and backward pass inside `with "
+                "run.accumulate():`, one backward pass in each"
+            )
+        self.engine.step()
+
     def release(self) -> None:
         """Let go of the engine, and of the groups of ranks that DeepSpeed knows: the next runtime may have others."""
+        self._surroundings.close()
         if self.engine is None:
             return
         self.engine.destroy()
@@ -302,6 +323,10 @@ class Zero(nn.Module):
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: each for name, each in self.module.named_parameters() if each.requires_grad}
 
+    def _passes(self) -> int:
+        """Backward passes since the last step."""
+        return 0 if self.engine is None else self.engine.optimizer.micro_step_id + 1
+
     def _is_last_pass(self, is_last: bool) -> None:
         if self.engine is not None:  # where it is not there yet, the forward pass says so
             self.engine.set_gradient_accumulation_boundary(is_last)
@@ -340,7 +365,7 @@ class ZeroOptimizer(Optimizer):
             raise UserError("DeepSpeed: an optimizer's step takes no closure")
         for own, inside in zip(self.param_groups, self._model._base.param_groups, strict=True):
             inside.update({key: value for key, value in own.items() if key != "params"})
-        self._model.engine.step()
+        self._model.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: gradients are gone with the step."""
@@ -419,7 +444,7 @@ def _imported(device: torch.device) -> Any:
 
 @contextmanager
 def _in_environment(name: str, value: str) -> Iterator[None]:
-    """What DeepSpeed takes from there alone."""
+    """What DeepSpeed takes from there alone: the number of a device, and of which kind."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -219,6 +219,12 @@ def _train(directory: str, max_steps: int, deepspeed: bool, losses: list[float])
                             time.sleep(0.005)
 
 
+def _accumulated_by_hand(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    for _ in range(2):
+        model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+
+
 def _refusals(directory: str) -> list[str]:
     said = []
     with ddpkit.runtime() as rt:
@@ -232,6 +238,7 @@ def _refusals(directory: str) -> list[str]:
             lambda: rt.wrap_optimizer(torch.optim.Adam(list(model.parameters())[:1]), model),
             lambda: rt.wrap(nn.Linear(6, 1).half(), **config),
             lambda: rt.resume(f"{directory}/x", model=model, optimizer=adam),
+            lambda: _accumulated_by_hand(rt.wrap_optimizer(adam, model), model),
         ):
             with pytest.raises(UserError) as caught:
                 call()
@@ -253,6 +260,7 @@ def test_scripts(tmp_path: Path) -> None:
         assert "the optimizer has other parameters than those of the model that are trained" in said[3]
         assert "weight is in float16; give it a model in float32" in said[4]
         assert "rt.wrap_optimizer(optimizer, model)" in said[5]
+        assert "2 backward passes in this step, each as if it were the step's last" in said[6]
 
 
 def test_from_the_shell_and_evaluated_on_other_ranks(tmp_path: Path) -> None:
