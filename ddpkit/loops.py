@@ -44,8 +44,8 @@ class Loops:
     @property
     def is_mid_step(self) -> bool:
         """Whether more batches belong to the optimizer step under way."""
-        loaders = [loader for loader in (self._newest, self._leader) if loader is not None and loader.is_open]
-        return any(loader.current is not None and not loader.current.is_last for loader in loaders)
+        newest, leader = self._newest, self._leader  # often the same; asked at every step, so without a list of them
+        return _is_mid_step(newest) or (leader is not newest and _is_mid_step(leader))
 
     @property
     def is_between_steps(self) -> bool:
@@ -136,3 +136,7 @@ class Loops:
 
     def _in_epoch_s_end(self) -> bool:
         return self._in_epoch and self._has_ended
+
+
+def _is_mid_step(loader: Loader | None) -> bool:
+    return loader is not None and loader.is_open and loader.current is not None and not loader.current.is_last

@@ -209,6 +209,7 @@ class Saver:
                 step=saved.step,
                 bytes=saved.bytes,
                 seconds=round(seconds, 4),
+                durable_s=round(saved.durable_at - save.began, 4),  # the rest is the removal of older ones
                 held_s=round(seconds if save.holds else save.held_s, 4),
                 staging_bytes=self._staging.bytes,
             )

@@ -489,8 +489,13 @@ class Runtime:
 
     def feeds_from_outside(self, known: Sequence[Loader]) -> bool:
         """Whether a loop over a loader of this runtime is under way, and over none of those that are ``known``."""
-        is_open = [loader for loader in self._loaders if loader.is_open]
-        return bool(is_open) and not any(loader in known for loader in is_open)
+        is_outside = False
+        for loader in self._loaders:
+            if loader.is_open:
+                if loader in known:
+                    return False
+                is_outside = True
+        return is_outside
 
     def check_same_parameters(self, modules: Mapping[str, nn.Module]) -> None:
         """Raise UserError, on all ranks, if a module that nobody has wrapped differs between them. Collective."""

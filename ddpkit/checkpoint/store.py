@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, TypeVar
@@ -43,12 +44,16 @@ class Ranks(Protocol):
 
 @dataclass(frozen=True)
 class SaveResult:
-    """A checkpoint that is there; ``written`` is False if it was there before; ``bytes`` is its size."""
+    """A checkpoint that is there; ``written`` is False if it was there before; ``bytes`` is its size.
+
+    ``durable_at`` is when it was: the time of `time.monotonic`, before older ones were pruned.
+    """
 
     step: int
     path: Path
     bytes: int
     written: bool
+    durable_at: float = field(compare=False)
 
 
 class CheckpointStore:
@@ -103,7 +108,7 @@ class CheckpointStore:
         begin = partial(self._begin, step, target, part.progress)
         begun = self._from_main("save/begin", begin, SaveFailed)
         if begun is None:
-            return SaveResult(step, target, _size(manifest.read(target)), written=False)
+            return SaveResult(step, target, _size(manifest.read(target)), written=False, durable_at=time.monotonic())
         temporary = self._directory / begun["name"]
         try:
             content, size = self._write(step, part.progress, part, temporary)
@@ -118,10 +123,11 @@ class CheckpointStore:
                 room = f"the whole checkpoint needs about {part.total_bytes} bytes; {free} are free"
                 raise SaveFailed(f"{error}\n({room} without it)") from error.__cause__
             raise
+        durable_at = time.monotonic()
         if self._is_main:
             self._known_good.add(step)
             self._prune()
-        return SaveResult(step, target, size, written=True)
+        return SaveResult(step, target, size, written=True, durable_at=durable_at)
 
     def load_newest(
         self, step: int | None = None, *, read_only: bool = False, into: Targets | None = None

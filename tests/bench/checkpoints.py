@@ -115,12 +115,12 @@ def _durable(ranks: int, repeats: int) -> Row:
 
 
 def _saved_by_ranks(run_dir: Path, ranks: int) -> float:
-    """Bytes a second of a save, all ranks together: agreements, the commit and the older one's removal included."""
+    """Bytes a second of a save, all ranks together, until it counts: agreements and the commit included."""
     run_ranks(_save, ranks, str(run_dir))
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     shutil.rmtree(run_dir)
     saved = [event for event in events if event["event"] == "saved"]
-    taken: list[float] = [event["seconds"] for event in saved[_COLD:]]
+    taken: list[float] = [event["durable_s"] for event in saved[_COLD:]]
     return _BYTES / 1e9 / statistics.median(taken)
 
 

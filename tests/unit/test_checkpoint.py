@@ -373,7 +373,7 @@ def test_a_checkpoint_loads_on_any_number_of_ranks(saved_by: int, loaded_by: int
     results = run.save(7)
     target = run.directory / "step-00000007"
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
-    assert results == [SaveResult(7, target, size, written=True)] * saved_by
+    assert results == [SaveResult(7, target, size, written=True, durable_at=0.0)] * saved_by
     assert run.names() == ["step-00000007"]
     for rank, found in enumerate(Run(tmp_path, loaded_by).load()):
         assert_loaded(found, 7, rank, saved_by)

@@ -1,7 +1,8 @@
 """Seconds per step of the same small model under a hand-written loop, ddpkit, accelerate and Fabric; run on 2 ranks.
 
 All four live in the same processes and take turns of ten steps, in which ddpkit records one line, so that a slow moment
-of the machine is everybody's. Who comes first in a round changes from round to round.
+of the machine is everybody's. Who comes first in a round changes from round to round, and who is made first with the
+number that is given.
 Prints one JSON line: {name: [seconds per step in each turn]}.
 """
 
@@ -94,6 +95,11 @@ def with_fabric(data: TensorDataset) -> Iterator[None]:
             yield
 
 
+def _beginning_with(number: int, names: list[str]) -> list[str]:
+    first = number % len(names)
+    return names[first:] + names[:first]
+
+
 def turn(steps: Iterator[None]) -> float:
     begun = time.perf_counter()
     for _ in range(STEPS):
@@ -101,7 +107,7 @@ def turn(steps: Iterator[None]) -> float:
     return (time.perf_counter() - begun) / STEPS
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, first_made: int) -> None:
     with tempfile.TemporaryDirectory() as folder, ddpkit.runtime() as rt, contextlib.redirect_stdout(sys.stderr):
         data = dataset(rt.world_size)
         folder = rt.ranks.decide("folder", folder)
@@ -111,12 +117,15 @@ def main(rounds: int) -> None:
             "accelerate": lambda: with_accelerate(data),
             "Fabric": lambda: with_fabric(data),
         }
-        running = {name: make() for name, make in loops.items()}
-        names = list(running)
+        names = list(loops)
+        running: dict[str, Iterator[None]] = {}
+        for name in _beginning_with(first_made, names):
+            running[name] = loops[name]()
+            for _ in range(STEPS // 2):  # so that ddpkit's line falls into the middle of its turns
+                next(running[name])
         found: dict[str, list[float]] = {name: [] for name in names}
         for number in range(-WARM_UP, rounds):
-            first = number % len(names)
-            for name in names[first:] + names[:first]:
+            for name in _beginning_with(number, names):
                 dist.barrier()
                 taken = turn(running[name])
                 if number >= 0:
@@ -128,4 +137,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))
