@@ -1,7 +1,9 @@
-"""Models that Hugging Face's accelerate prepares, as a file of `accelerate config` says. Imports torch when it does so.
+"""Models that are prepared as a file of `accelerate config` says. Imports torch when it does so.
 
 Preparing is accelerate's; all else stays ddpkit's: the launcher, the sampler, the loop, checkpoints. So what such a
 file says of processes, machines and ports is not looked at, and what it says of the rest has to agree with the run.
+DeepSpeed is asked without accelerate, which on a CPU takes a file that asks for it and trains plain DDP, and otherwise
+reads whether to use it from the environment: `ddpkit.zero`.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpkit import zero_config
 from ddpkit.errors import ConfigError, UserError
+from ddpkit.zero_config import ZeroConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ddpkit.config import Config
+
 _REPLICATED = ("NO", "MULTI_CPU", "MULTI_GPU")  # all of them DDP, where there are several ranks
-_INSTEAD = {
-    "FSDP": "model.parallel: fsdp2 is torch's own FSDP",
-    # Its engine's state is flat parts of this number of ranks, and objects that take a pickle.
-    "DEEPSPEED": "model.parallel: fsdp2 spreads parameters, gradients and optimizer state as ZeRO does, and can be "
-    "saved, and go on at any number of ranks",
-}
-_CHOICES = ", ".join(_REPLICATED)
+_DEEPSPEED = "DEEPSPEED"
+_INSTEAD = {"FSDP": "model.parallel: fsdp2 is torch's own FSDP"}
+_CHOICES = ", ".join([*_REPLICATED, _DEEPSPEED])
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Settings:
     """What a file of `accelerate config` asks for, as far as it is for accelerate to see to here.
 
     Attributes:
-        distributed_type: "NO", "MULTI_CPU" or "MULTI_GPU".
+        distributed_type: "NO", "MULTI_CPU", "MULTI_GPU" or "DEEPSPEED".
         mixed_precision: "no", "bf16" or "fp16".
+        zero: how DeepSpeed is to spread the model; None: it is not spread.
     """
 
     distributed_type: str = "NO"
     mixed_precision: str = "no"
+    zero: ZeroConfig | None = None
 
 
 def read(path: str | Path | None) -> Settings:
@@ -50,28 +54,68 @@ def read(path: str | Path | None) -> Settings:
         raise ConfigError("accelerate is not installed here: pip install accelerate")
     if path is None:
         return Settings()
-    found = _parsed(Path(path))
+    found = _parsed(Path(path).expanduser())
     kind = str(found.get("distributed_type"))
-    if kind not in _REPLICATED:
-        is_missing = kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None
-        why = "DeepSpeed is not installed here" if is_missing else "ddpkit cannot have accelerate prepare it"
-        raise ConfigError(f"{path}: distributed_type: {kind}: {why}; {_INSTEAD.get(kind, 'use one of ' + _CHOICES)}")
+    if kind not in (*_REPLICATED, _DEEPSPEED):
+        instead = _INSTEAD.get(kind, f"use one of {_CHOICES}")
+        raise ConfigError(f"{path}: distributed_type: {kind}: ddpkit cannot have accelerate prepare it; {instead}")
     dynamo = found.get("dynamo_config") or {}
     if str(dynamo.get("dynamo_backend", "NO") if isinstance(dynamo, Mapping) else dynamo).upper() != "NO":
         raise ConfigError(f"{path}: dynamo_config: compiling is the run's own: model.compile: true")
     mixed_precision = str(found.get("mixed_precision") or "no").lower()
     if mixed_precision not in ("no", "bf16", "fp16"):
         raise ConfigError(f"{path}: mixed_precision: {mixed_precision}: use no, bf16 or fp16")
-    return Settings(kind, mixed_precision)
-
-
-def check(path: str | Path | None, precision: str) -> None:
-    """Raise ConfigError unless the file can be followed, and agrees with the run on the precision."""
-    settings = read(path)
-    if settings.mixed_precision not in ("no", precision):
+    if kind != _DEEPSPEED:
+        return Settings(kind, mixed_precision)
+    try:
+        zero = zero_config.parse(found.get("deepspeed_config"), mixed_precision)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if zero is not None and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
-            f"{path}: mixed_precision: {settings.mixed_precision}, and train.precision: {precision}; give both the same"
+            f"{path}: distributed_type: {kind}: DeepSpeed is not installed here: pip install --no-build-isolation "
+            "deepspeed; or use model.parallel: fsdp2, which spreads parameters, gradients and optimizer state as well"
         )
+    return Settings(kind, mixed_precision, zero)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError unless the config's file can be followed, and agrees with the run."""
+    path, train = config.model.accelerate_config, config.train
+    settings = read(path)
+    if settings.zero is not None:
+        _check_zero(settings.zero, config, f"{path}: distributed_type: {settings.distributed_type}")
+    elif settings.mixed_precision not in ("no", train.precision):
+        raise ConfigError(
+            f"{path}: mixed_precision: {settings.mixed_precision}, and train.precision: {train.precision}; give both "
+            "the same"
+        )
+
+
+def _check_zero(zero: ZeroConfig, config: Config, key: str) -> None:
+    precision, train = "bf16" if zero.bf16 else "fp32", config.train
+    if train.precision != precision:
+        raise ConfigError(
+            f"{key}: it is to compute in {precision}, and train.precision: {train.precision}; give both the same"
+        )
+    if zero.clip_grad_norm not in (None, train.clip_grad_norm):
+        raise ConfigError(
+            f"{key}: gradient_clipping: {zero.clip_grad_norm:g}, and train.clip_grad_norm: "
+            f"{'null' if train.clip_grad_norm is None else train.clip_grad_norm}; give both the same"
+        )
+    refused = {
+        "train.clip_grad_value": train.clip_grad_value is not None,
+        "train.on_nonfinite: ignore": train.on_nonfinite == "ignore",
+        "model.ema_decay": config.model.ema_decay is not None,
+        "model.compile": config.model.compile is not False,
+        "data.micro_batch_size: auto": config.data.micro_batch_size == "auto",
+    }
+    for name, is_asked in refused.items():
+        if is_asked:
+            raise ConfigError(f"{key}: not with {name}; leave it out")
+    module, _, name = config.optimizer.factory.partition(":")
+    if module == "torch.optim" and name not in zero_config.OPTIMIZERS and not zero.takes_any_optimizer:
+        raise ConfigError(f"{key}: {zero_config.unknown_optimizer(name)}")
 
 
 def prepare(module: nn.Module, device: torch.device, world_size: int) -> nn.Module:

@@ -45,7 +45,7 @@ def _well_formed(ref: str) -> str:
 def _usable_path(path: str) -> str:
     if not path or "\0" in path:
         raise ValueError(f"{path!r} cannot be a path")
-    return path
+    return os.path.expanduser(path)  # noqa: PTH111 - a Path would make more of it than that: runs/x/ is runs/x then
 
 
 def _is_range(text: str) -> str:
@@ -290,7 +290,7 @@ class Model(Factory):
     fsdp2: Fsdp2 = Fsdp2()
     """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`. Beside `parallel: ddp` it may lie ready."""
     accelerate_config: Annotated[str, AfterValidator(_usable_path)] | None = None
-    """A file of `accelerate config`, for `parallel: accelerate`; null: accelerate's defaults."""
+    """A file of `accelerate config`, for `parallel: accelerate`, DeepSpeed in it; null: accelerate's defaults."""
     ddp: Ddp = Ddp()
     """Options of `DistributedDataParallel`, by torch's names."""
     compile: bool | dict[str, JsonValue] = False

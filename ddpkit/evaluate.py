@@ -28,6 +28,7 @@ from ddpkit.permutation import derive
 from ddpkit.sampler import ElasticOrder, Pass, Plan
 from ddpkit.seeding import seed_generators
 from ddpkit.state import rng_state, set_rng_state
+from ddpkit.zero import Zero
 
 if TYPE_CHECKING:
     from ddpkit.session import Runtime
@@ -80,9 +81,10 @@ def evaluate(
         UserError: the step returned something else, or the dataset is empty.
         EvaluationStopped: the ranks agreed to stop (``stoppable`` only).
     """
-    module = unwrap(model)
+    module = model if isinstance(model, Zero) else unwrap(model)
     share_buffers(module, rt.world)
-    gathers = is_sharded(module)  # in each pass, from all ranks: each has to make as many
+    # In each pass, from all ranks: each has to make as many.
+    gathers = module.spreads_parameters if isinstance(module, Zero) else is_sharded(module)
     tally = _MetricObjects(metrics, rt) if metrics is not None else _Means()
 
     def stop(ask: Callable[[], str | None]) -> None:
@@ -112,8 +114,8 @@ def _take_part(eval_step: EvalStep, module: nn.Module, batch: Any, rank: int) ->
     except Exception as error:
         raise UserError(
             f"train.eval_step: rank {rank} has no sample in the last pass, and the step cannot take a batch of length "
-            f"zero ({type(error).__name__}: {error}), which it has to: with FSDP2 all ranks compute together. Choose "
-            "another data.eval_batch_size, or a step that takes it."
+            f"zero ({type(error).__name__}: {error}), which it has to: all ranks compute together on a model that is "
+            "spread over them. Choose another data.eval_batch_size, or a step that takes it."
         ) from error
 
 

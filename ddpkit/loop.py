@@ -142,7 +142,7 @@ def fit(
         objects["scaler"] = train_step.scaler
     with Run(
         rt,
-        Path(run_dir),
+        Path(run_dir).expanduser(),
         objects,
         every_steps=saving.every_steps,
         every_minutes=saving.every_minutes,

@@ -18,6 +18,7 @@ from ddpkit.batchnorm import convert_sync_batchnorm
 from ddpkit.errors import UserError
 from ddpkit.unused import Replicated
 from ddpkit.world import World
+from ddpkit.zero import Zero
 
 
 def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnorm: bool, **ddp: Any) -> nn.Module:
@@ -49,7 +50,7 @@ def wrap(module: nn.Module, world: World, device: torch.device, *, sync_batchnor
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The user's module inside; a module that was not wrapped is returned as it is."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    return module.module if isinstance(module, (DistributedDataParallel, Zero)) else module
 
 
 def digest(module: nn.Module) -> str:
@@ -87,6 +88,9 @@ def unsynced(model: nn.Module) -> Iterator[None]:
     if isinstance(model, DistributedDataParallel):
         with model.no_sync():
             yield
+    elif isinstance(model, Zero):
+        with model.unsynced():
+            yield
     elif is_sharded(model):
         model.set_requires_gradient_sync(False)  # type: ignore[operator]  # FSDPModule's
         try:
@@ -98,13 +102,15 @@ def unsynced(model: nn.Module) -> Iterator[None]:
 
 
 def release(wrapped: nn.Module) -> None:
-    """Take DDP off the process group, before the group is closed. The module inside remains of use.
+    """Take DDP or DeepSpeed off the process group, before the group is closed. DDP's module remains of use.
 
     DDP's reducer would otherwise hold the last reference to the group, and frees it under the GIL; the destructor
     joins gloo's threads, and a thread that is just letting go of its last all-reduce waits for the GIL: for ever.
     """
     if isinstance(wrapped, DistributedDataParallel):
         del wrapped.logger, wrapped.reducer  # the logger holds the reducer
+    elif isinstance(wrapped, Zero):
+        wrapped.release()
 
 
 def settle_buckets(model: DistributedDataParallel) -> None:

@@ -24,6 +24,7 @@ from ddpkit.generators import HostGenerators
 from ddpkit.model import is_unit, reshard, unsynced, unwrap
 from ddpkit.optimizing import are_finite
 from ddpkit.sampler import Pass
+from ddpkit.zero import Zero
 
 _MOST_NAMES = 8
 
@@ -146,7 +147,7 @@ class Watch:
 
     def _run_again(self, function: Callable[[nn.Module, Any], Any], seen: _Seen, name: str) -> Finding | None:
         with (
-            unsynced(self._model),
+            self._model.apart() if isinstance(self._model, Zero) else unsynced(self._model),
             _parameters_in_use(self._module) as named,
             first_source(self._module) as source,
             torch.compiler.set_stance("force_eager"),

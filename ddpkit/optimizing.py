@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,6 @@ from torch.optim import Optimizer
 from ddpkit.checkpoint.shards import is_spread
 from ddpkit.errors import UserError
 from ddpkit.parts import chosen
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -87,34 +84,41 @@ def learning_rates(optimizer: Optimizer) -> dict[str, float]:
     return {f"lr/{index}" if index else "lr": rate for index, rate in enumerate(rates)}
 
 
-def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+def gradient_norm(gradients: Sequence[Tensor], parts_on: torch.device | None = None) -> Tensor:
     """The norm of all gradients as one vector, as torch's ``clip_grad_norm_`` has it; also of sparse ones.
 
-    Of gradients that FSDP2 has spread over the ranks, each has its part, and the sum of their squares is of all ranks:
+    Of gradients that are spread over the ranks, each has its part, and the sum of their squares is of all ranks:
     collective then.
+
+    Args:
+        gradients: FSDP2's say themselves whether they are spread.
+        parts_on: they are parts (DeepSpeed's) all of them; the device that the ranks sum on.
     """
+    if parts_on is not None:
+        return _summed(nn.utils.get_total_norm(gradients).double().square(), parts_on.type).sqrt()
     spread = [gradient for gradient in gradients if is_spread(gradient)]
     if not spread:
         return nn.utils.get_total_norm([_values(gradient) for gradient in gradients])
     whole = [_values(gradient) for gradient in gradients if not is_spread(gradient)]
     square = nn.utils.get_total_norm([_values(gradient) for gradient in spread]).double().square()
-    square = _summed(square, spread[0])
+    square = _summed(square, spread[0].device_mesh.device_type)
     return (square + nn.utils.get_total_norm(whole).double().square().to(square.device)).sqrt()
 
 
-def are_finite(gradients: Sequence[Tensor], norm: Tensor | None = None) -> bool:
+def are_finite(gradients: Sequence[Tensor], norm: Tensor | None = None, parts_on: torch.device | None = None) -> bool:
     """Whether no gradient has an infinite value or one that is not a number.
 
     Gradients that DDP has averaged are the same on all ranks, and one rank's NaN is in the average: so all ranks come
-    to the same answer, by themselves. Of those that FSDP2 has spread it is asked for: collective then.
+    to the same answer, by themselves. Of those that are spread it is asked for: collective then (`gradient_norm`).
     """
-    norm = gradient_norm(gradients) if norm is None else norm
+    norm = gradient_norm(gradients, parts_on) if norm is None else norm
     if math.isfinite(norm):
         return True
     # A norm may be infinite of finite values: of those there is one look more.
     is_fine = all(bool(torch.isfinite(_values(gradient)).all()) for gradient in gradients)
-    spread = [gradient for gradient in gradients if is_spread(gradient)]
-    return is_fine if not spread else bool(_summed(torch.tensor(float(not is_fine)), spread[0]) == 0)
+    spread = [gradient.device_mesh.device_type for gradient in gradients if is_spread(gradient)]
+    ranks_on = parts_on.type if parts_on is not None else spread[0] if spread else None
+    return is_fine if ranks_on is None else bool(_summed(torch.tensor(float(not is_fine)), ranks_on) == 0)
 
 
 def clip_to_norm_(parameters: Iterable[Tensor], max_norm: float, norm: Tensor) -> None:
@@ -141,9 +145,9 @@ def _gradients(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[Tensor]
     return whole, [parameter.grad.to_local() for parameter in with_gradient if is_spread(parameter.grad)]
 
 
-def _summed(value: Tensor, spread: DTensor) -> Tensor:
+def _summed(value: Tensor, device: str) -> Tensor:
     """The sum over ranks, on their device: also of parts that are kept in the host's memory. Collective."""
-    value = value.to(spread.device_mesh.device_type)
+    value = value.to(device)
     torch.distributed.all_reduce(value)
     return value
 

@@ -59,8 +59,7 @@ class Precision:
         """Have the weights in this format, in place; the module then takes float32 inputs and gives float32 outputs."""
         if self.weights_dtype is not None:
             module.to(self.weights_dtype)
-            module.register_forward_pre_hook(_inputs_as_weights, with_kwargs=True)
-            module.register_forward_hook(_outputs_as_float)
+            cast_around(module)
         return module
 
     def warn_if_slow(self, device: torch.device) -> None:
@@ -105,6 +104,12 @@ def set_exactness(
     if deterministic:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def cast_around(module: nn.Module) -> None:
+    """Have a module take what its parameters' format can compute with, and give float32."""
+    module.register_forward_pre_hook(_inputs_as_weights, with_kwargs=True)
+    module.register_forward_hook(_outputs_as_float)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from ddpkit.saving import Saver
 from ddpkit.seeding import seed_generators
 from ddpkit.selection import Best, EarlyStopping
 from ddpkit.state import pack, rng_state, set_rng_state
+from ddpkit.zero import Zero, ZeroOptimizer
 
 if TYPE_CHECKING:
     from ddpkit.session import Runtime
@@ -714,7 +715,7 @@ class Run:
                 # Buffers may differ between ranks (BatchNorm's, unsynchronised); rank zero's are the ones DDP uses.
                 module = unwrap(item)
                 parameters = {key for key, _ in module.named_parameters(remove_duplicate=False)}
-                state = module.state_dict()
+                state = item.whole_state() if isinstance(item, Zero) else module.state_dict()
                 shared = {key for key, value in state.items() if key in parameters or is_spread(value)}
                 replicated[name] = {key: value for key, value in state.items() if key in shared}
                 main[name] = {key: value for key, value in state.items() if key not in shared}
@@ -740,7 +741,7 @@ class Run:
         parameters = {
             name: dict(unwrap(item).named_parameters(remove_duplicate=False))
             for name, item in self._objects.items()
-            if isinstance(item, nn.Module)
+            if isinstance(item, nn.Module) and not isinstance(item, Zero)
         }
         loaded = self._store.load_newest(into=parameters)
         if loaded is not None:
@@ -763,10 +764,11 @@ class Run:
         self._check_same_objects(loaded)
         for name, item in self._objects.items():
             if isinstance(item, nn.Module):
-                load_state(name, unwrap(item), {**loaded.replicated[name], **loaded.main[name]})
+                load_state(name, item, {**loaded.replicated[name], **loaded.main[name]})
             elif isinstance(item, Optimizer):
                 _check_same_groups(name, item, loaded.replicated[name])
-                item.load_state_dict(fitted_optimizer(loaded.replicated[name], item))
+                saved = loaded.replicated[name]
+                item.load_state_dict(saved if isinstance(item, ZeroOptimizer) else fitted_optimizer(saved, item))
             else:
                 saved = loaded.replicated[name] if name in loaded.replicated else loaded.main[name]
                 item.load_state_dict(fitted(saved, item.state_dict()))
@@ -830,6 +832,11 @@ def _keeps_place(objects: Mapping[str, Any]) -> bool:
 
 
 def _check_objects(objects: Mapping[str, Any]) -> None:
+    optimizers = [item for item in objects.values() if isinstance(item, Optimizer)]
+    if any(isinstance(item, Zero) for item in objects.values()) and not all(
+        isinstance(item, ZeroOptimizer) for item in optimizers
+    ):
+        raise UserError("DeepSpeed: the model needs its optimizer: optimizer = rt.wrap_optimizer(optimizer, model)")
     for name, item in objects.items():
         if not isinstance(item, Stateful):
             raise UserError(
@@ -839,7 +846,12 @@ def _check_objects(objects: Mapping[str, Any]) -> None:
 
 
 def load_state(name: str, module: nn.Module, saved: dict[str, Any]) -> None:
-    """Load a module, as it is spread over the ranks here, from a checkpoint. Raises UserError if it does not fit."""
+    """Load a model, as it is spread over the ranks here, from a checkpoint. Raises UserError if it does not fit."""
+    if isinstance(module, Zero):
+        _check_same_tensors(name, module.shapes(), saved)
+        module.load_whole_state(saved)
+        return
+    module = unwrap(module)
     own = module.state_dict()
     _check_same_tensors(name, own, saved)
     module.load_state_dict(fitted(saved, own))

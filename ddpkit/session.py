@@ -49,6 +49,8 @@ from ddpkit.step import StepFunction, TrainStep
 from ddpkit.stop import Requests, StopVote
 from ddpkit.trackers import Trackers
 from ddpkit.world import Allocation, World
+from ddpkit.zero import Zero, ZeroOptimizer
+from ddpkit.zero_config import ZeroConfig
 
 log = logging.getLogger("ddpkit")
 
@@ -167,7 +169,8 @@ class Runtime:
         Args:
             module: with the same parameters on all ranks; a model built after `runtime` began has them.
             parallel: "ddp"; "fsdp2" for models that are too large for one rank, which spreads the module in place, so
-                make the optimizer afterwards; or "accelerate", which has Hugging Face's accelerate prepare it.
+                make the optimizer afterwards; or "accelerate", which has Hugging Face's accelerate prepare it, or
+                DeepSpeed, whose model needs `wrap_optimizer` as well.
             sync_batchnorm: have BatchNorm layers see the batch of all ranks.
             options: for "ddp" what `torch.nn.parallel.DistributedDataParallel` takes; for "fsdp2" what
                 `ddpkit.sharding.Sharding` has (``layers=["Block"], param_dtype="bf16", ...``); for "accelerate" maybe
@@ -200,7 +203,9 @@ class Runtime:
         return shard(module, self.device, sharding)
 
     def _accelerate(self, module: nn.Module, sync_batchnorm: bool, config: str | Path | None = None) -> nn.Module:
-        accelerated.read(config)
+        zero = accelerated.read(config).zero
+        if zero is not None:
+            return self._zero(module, sync_batchnorm, zero)
         if self.world_size == 1:
             return self._replicate(module, sync_batchnorm)
         if sync_batchnorm:
@@ -210,6 +215,24 @@ class Runtime:
         if isinstance(prepared, DistributedDataParallel):
             models.settle_buckets(prepared)
         return prepared
+
+    def _zero(self, module: nn.Module, sync_batchnorm: bool, config: ZeroConfig) -> nn.Module:
+        models.check_has_shapes(module)
+        if not dist.is_initialized():
+            self._start_group()  # one process alone is spread over itself, as with FSDP2
+        if sync_batchnorm and self.world_size > 1:
+            module = convert_sync_batchnorm(module)
+        module = module.to(self.device)
+        models.share_buffers(module, self.world, with_parameters=True)
+        return Zero(module, config, self.device)
+
+    def wrap_optimizer(self, optimizer: Optimizer, model: nn.Module) -> Optimizer:
+        """What steps a model as `wrap` gave it: DeepSpeed's optimizer for DeepSpeed's model, or just the one given.
+
+        Collective for DeepSpeed, which takes the optimizer over: go on with what this returns. A scheduler belongs to
+        that, too.
+        """
+        return ZeroOptimizer(optimizer, model) if isinstance(model, Zero) else optimizer
 
     def train_step(
         self,
@@ -358,7 +381,7 @@ class Runtime:
         given = [*callbacks, *([Trackers(trackers)] if trackers else []), *([ProgressBar()] if progress_bar else [])]
         run = Run(
             self,
-            Path(run_dir),
+            Path(run_dir).expanduser(),
             objects,
             every_steps=every_steps,
             every_minutes=every_minutes,

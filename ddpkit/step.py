@@ -18,6 +18,7 @@ from ddpkit.precision import Precision
 from ddpkit.sampler import Pass
 from ddpkit.unused import check_all_reduced
 from ddpkit.world import World
+from ddpkit.zero import Zero, ZeroOptimizer
 
 StepFunction = Callable[[nn.Module, Any], Any]
 """(model, batch) -> mean loss | {"loss": mean loss, "weight": n (optional), other scalars}."""
@@ -65,6 +66,8 @@ class TrainStep:
     ) -> None:
         self._model = model
         self._parameters = dict(unwrap(model).named_parameters())
+        self._zero = model if isinstance(model, Zero) else None
+        self._parts_on = None if self._zero is None else device
         self._optimizer = optimizer
         self._function = function
         self._world = world
@@ -78,6 +81,10 @@ class TrainStep:
         )
         self._watch = watch
         self.scaler = self._precision.scaler(device)
+        if self._zero is not None:
+            self._check_can_be_zero(self._zero)
+            if clip_grad_norm is not None:
+                self._zero.clip(clip_grad_norm)
         self.recorded_weight = 0.0
         self.fault: Fault | None = None
         self._weight_sum: Tensor | None = None
@@ -134,8 +141,8 @@ class TrainStep:
         loss_scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
         if self._looks_at_gradients:
             self.scaler.unscale_(self._optimizer)
-            norm = gradient_norm(self._gradients())
-            if self._watch is not None and not are_finite(self._gradients(), norm):
+            norm = gradient_norm(self._gradients(), self._parts_on)
+            if self._watch is not None and not are_finite(self._gradients(), norm, self._parts_on):
                 self.fault = self._explained(self._watch, loss_scale)
                 self.scaler.update()
                 return {}
@@ -144,13 +151,16 @@ class TrainStep:
             values |= learning_rates(self._optimizer)
             if self._clip_grad_norm is not None or self._log_grad_norm:
                 values["grad_norm"] = float(norm)
-        if self._clip_grad_norm is not None:
+        if self._clip_grad_norm is not None and self._zero is None:
             clip_to_norm_(self._parameters.values(), self._clip_grad_norm, norm)
         if self._clip_grad_value is not None:
             clip_values_(self._parameters.values(), self._clip_grad_value)
         self.scaler.step(self._optimizer)
         self.scaler.update()
         self.fault = None
+        if isinstance(self._optimizer, ZeroOptimizer) and not self._optimizer.has_stepped:
+            self.fault = Fault("the norm of the gradients is not finite, and DeepSpeed does not step with them")
+            return {}
         if self._watch is not None:
             self._watch.end()
         elif loss_scale is not None and self.scaler.get_scale() < loss_scale:
@@ -158,9 +168,11 @@ class TrainStep:
         return values
 
     def _explained(self, watch: Watch, loss_scale: float | None) -> Fault:
-        gradients = {name: value.grad for name, value in self._parameters.items() if value.grad is not None}
-        bad = [name for name, gradient in gradients.items() if not are_finite([gradient])]
+        gradients = self._named_gradients()
+        bad = [name for name, gradient in gradients.items() if not are_finite([gradient], parts_on=self._parts_on)]
         gradients.clear()
+        if self._zero is not None:
+            self._optimizer.step()  # DeepSpeed sees it too, leaves the step out, and forgets the gradients
         self._optimizer.zero_grad(set_to_none=True)  # memory for those that are now computed again
         return watch.explain(self._loss, bad, loss_scale)
 
@@ -169,7 +181,20 @@ class TrainStep:
             return _read(self._function(model, batch))[0]
 
     def _gradients(self) -> Sequence[Tensor]:
-        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return list(self._named_gradients().values())
+
+    def _named_gradients(self) -> dict[str, Tensor]:
+        if self._zero is not None:
+            return self._zero.gradients()
+        return {name: value.grad for name, value in self._parameters.items() if value.grad is not None}
+
+    def _check_can_be_zero(self, model: Zero) -> None:
+        if not isinstance(self._optimizer, ZeroOptimizer):
+            raise UserError("DeepSpeed: give the model's optimizer to it: rt.wrap_optimizer(optimizer, model)")
+        if self.scaler.is_enabled():
+            raise UserError("DeepSpeed: fp16's loss scaling is not supported; use bf16")
+        if self._clip_grad_value is not None:
+            raise UserError("DeepSpeed: clip_grad_value is not supported; use clip_grad_norm")
 
     def _outcome(self, batch: Any, part: Pass) -> tuple[Tensor, Any, Mapping[str, Any]]:
         if part.size:
@@ -193,6 +218,9 @@ class TrainStep:
             torch.distributed.all_reduce(total)
         # DDP has divided by the world size already. Where nothing counts, the gradient is zero, not 0 / 0.
         factor = torch.where(total > 0, self._world.world_size / total, 0.0)
+        if self._zero is not None:
+            self._zero.scale_gradients(factor)
+            return
         for gradient in self._gradients():
             gradient.mul_(factor.to(gradient.dtype))
 

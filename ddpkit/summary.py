@@ -151,10 +151,16 @@ def _part(name: str, module: nn.Module) -> Part:
     return Part(
         name,
         type(module).__name__,
-        sum(each.numel() for each in parameters),
-        sum(each.numel() for each in parameters if each.requires_grad),
-        sum(each.nbytes for each in (*parameters, *module.buffers())),
+        sum(_count(each) for each in parameters),
+        sum(_count(each) for each in parameters if each.requires_grad),
+        sum(_count(each) * each.element_size() for each in (*parameters, *module.buffers())),
     )
+
+
+def _count(tensor: Tensor) -> int:
+    """Its numbers: of all of it, where DeepSpeed has spread it."""
+    count: int = getattr(tensor, "ds_numel", tensor.numel())
+    return count
 
 
 def _row(part: Part) -> tuple[str, str, str, str, str]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import IterableDataset
 
-from ddpkit import batch_size, ema, factories, scheduling
+from ddpkit import accelerated, batch_size, ema, factories, scheduling
 from ddpkit.checkpoint.foreign import load_weights
 from ddpkit.checkpoint.listing import checkpoints_directory, has_any
 from ddpkit.checkpoint.store import CheckpointStore
@@ -38,6 +38,7 @@ from ddpkit.run import Attempt, load_state
 from ddpkit.selection import Best, EarlyStopping
 from ddpkit.session import Runtime, choose_device
 from ddpkit.world import World
+from ddpkit.zero import alone
 
 log = logging.getLogger("ddpkit")
 
@@ -121,7 +122,7 @@ def train(rt: Runtime, config: Config, attempt: Attempt, terminal: int | None = 
     micro_batch_size = _micro_batch_size(rt, config, module, train_set, options)
     _compile(module, config.model.compile)
     model, average = _wrapped(rt, config, module)
-    optimizer = _optimizer(config, module)
+    optimizer = rt.wrap_optimizer(_optimizer(config, module), model)
     loader = rt.loader(
         train_set,
         global_batch_size=data.global_batch_size,
@@ -190,6 +191,8 @@ def evaluate_checkpoint(rt: Runtime, config: Config, step: int | None) -> None:
         raise UserError(f"{directory}: there is no checkpoint to evaluate yet")
     state = {**loaded.replicated[name], **loaded.main[name]}
     load_state("model", model, state if name == "model" else ema.weights_in(state))
+    if config.model.parallel == "accelerate" and (spread := accelerated.read(config.model.accelerate_config).zero):
+        model = alone(model, spread, rt.device)
     evaluation = _in_batches_that_fit(config, evaluation, loaded.main["loader"].get("micro_batch_size"))
     assert evaluation is not None  # it was there before
     values = evaluate(

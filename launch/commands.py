@@ -309,7 +309,7 @@ def _check_accelerate(config: Config) -> None:
         from ddpkit import accelerated
 
         try:
-            accelerated.check(config.model.accelerate_config, config.train.precision)
+            accelerated.check(config)
         except ConfigError as error:
             raise ConfigError(f"model.accelerate_config: {error}") from None
 

@@ -96,7 +96,7 @@ def load_weights(
         UserError: the file cannot be read, holds objects that only code could make, or does not fit the model. In
             the latter case some of it may have been loaded.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     module = unwrap(model)
     own = module.state_dict(keep_vars=True)
     _refuse_sharded(own)

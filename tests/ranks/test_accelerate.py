@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,14 @@ def test_several_runtimes_in_one_process() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (FILE.replace("MULTI_CPU", "DEEPSPEED"), "distributed_type: DEEPSPEED: DeepSpeed is not installed here; model"),
         (
             FILE.replace("MULTI_CPU", "FSDP"),
             "distributed_type: FSDP: ddpkit cannot have accelerate prepare it; model.p",
         ),
-        (FILE.replace("MULTI_CPU", "MEGATRON_LM"), "accelerate prepare it; use one of NO, MULTI_CPU, MULTI_GPU"),
+        (
+            FILE.replace("MULTI_CPU", "MEGATRON_LM"),
+            "accelerate prepare it; use one of NO, MULTI_CPU, MULTI_GPU, DEEPSPEED",
+        ),
         (FILE.replace("mixed_precision: 'no'", "mixed_precision: bf16"), "bf16, and train.precision: fp32; give both"),
         (FILE.replace("mixed_precision: 'no'", "mixed_precision: fp8"), "mixed_precision: fp8: use no, bf16 or fp16"),
         (FILE + "dynamo_config: {dynamo_backend: INDUCTOR}\n", "compiling is the run's own: model.compile: true"),
@@ -87,6 +90,14 @@ def test_files_that_cannot_be_followed_are_refused_before_anything_starts(
     assert ended.code == 2
     assert message in ended.err
     assert ended.err.startswith("ddpkit: model.accelerate_config: ")
+
+
+def test_deepspeed_that_is_not_there_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.yaml").write_text(FILE.replace("MULTI_CPU", "DEEPSPEED"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "deepspeed" else find(name))
+    with pytest.raises(ConfigError, match=r"DeepSpeed is not installed here: pip install --no-build-isolation"):
+        accelerated.read(tmp_path / "x.yaml")
 
 
 def test_a_file_is_for_accelerate_only(tmp_path: Path) -> None:

@@ -781,3 +781,12 @@ def test_reading_and_checking_a_config_imports_no_torch(write: Callable[..., str
     )
     path = os.path.abspath(write(FULL))
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+
+
+def test_a_tilde_is_the_home_directory(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    text = MINIMAL.replace("runs/x", "~/runs/x").replace('build"}', 'build", init_from: {path: ~/a.pt}}')
+    loaded = configs.load(write(text))
+    assert loaded.run_dir == "/home/someone/runs/x"
+    assert loaded.model.init_from is not None
+    assert loaded.model.init_from.path == "/home/someone/a.pt"
