@@ -41,6 +41,7 @@ from ddpkit.launched import Launched, surrounded
 from .carrying import carried
 from .causes import cause_of, explain
 from .job import BEGUN, DONE, STACK_SIGNAL, STOP_SIGNALS, STOPPED, Failure, Job, RankOrder
+from .last_groups import keep_last_groups, let_go
 from .memory import be_killed_first
 
 
@@ -123,12 +124,14 @@ def _do(job: Job, order: RankOrder) -> None:
         worker.work(job.kind, job.config, job.options)  # lets the stop signals through when it can stop
         return
     _let_signals_through()
+    keep_last_groups()
     if job.kind == "call":
         function, args, kwargs = cloudpickle.loads(job.call)
         result = cloudpickle.dumps(function(*args, **kwargs))
         _report(order, {"result": base64.b64encode(result).decode()})
     else:
         _run_as_main(job)
+    let_go()
 
 
 def _let_signals_through() -> None:

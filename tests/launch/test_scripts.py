@@ -259,6 +259,30 @@ def test_scripts_of_other_libraries_run_as_they_are(shell: Shell) -> None:
         torch.testing.assert_close(weight, alone, msg=kind)
 
 
+LAST_STEP = """
+import torch, torch.distributed as dist
+
+def main():
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(20, 1))
+    for _ in range(8):
+        model(torch.rand(32, 20)).square().mean().backward()
+    dist.destroy_process_group()
+
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [LAST_STEP, LAST_STEP.replace("dist.destroy_process_group()", "pass")])
+def test_a_script_that_ends_with_its_last_step_ends(shell: Shell, script: str) -> None:
+    # Each hangs every second time, or aborts, where the model frees the group of gloo: `launch.last_groups`.
+    shell.script("last.py", script)
+    for _ in range(5):
+        done = shell.run("launch", "--nproc-per-node", "2", "last.py")
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_two_runs_at_once_and_they_listen_on_the_loopback_only(shell: Shell) -> None:
     shell.script("groups.py", GROUPS)
