@@ -290,7 +290,7 @@ class Model(Factory):
     fsdp2: Fsdp2 = Fsdp2()
     """How FSDP2 spreads the model over the ranks; for `parallel: fsdp2`. Beside `parallel: ddp` it may lie ready."""
     accelerate_config: Annotated[str, AfterValidator(_usable_path)] | None = None
-    """A file of `accelerate config`, for `parallel: accelerate`, DeepSpeed in it; null: accelerate's defaults."""
+    """A file of `accelerate config`, for `parallel: accelerate`; it may ask for DeepSpeed. null: its defaults."""
     ddp: Ddp = Ddp()
     """Options of `DistributedDataParallel`, by torch's names."""
     compile: bool | dict[str, JsonValue] = False

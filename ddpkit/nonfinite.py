@@ -109,6 +109,11 @@ class Watch:
         self._passes.clear()
         self._buffers.note_changes()
 
+    def take_back(self) -> None:
+        """The step was not taken, for a reason that is known: have buffers and generators as before it."""
+        passes, self._passes = self._passes, []
+        self._back_to(passes[0])
+
     def explain(
         self, function: Callable[[nn.Module, Any], Any], gradients: Sequence[str], loss_scale: float | None
     ) -> Fault:

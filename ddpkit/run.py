@@ -541,7 +541,7 @@ class Run:
         self._tell_end()
 
     def _tell_end(self) -> None:
-        self._is_ended = True
+        self._is_ended, self._is_past_epochs = True, False
         early = self.ended_early
         self._recorder.event("finished", step=self.progress.step, **({} if early is None else {"reason": early}))
         if early is not None and self._rt.is_main:

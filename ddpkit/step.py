@@ -160,6 +160,8 @@ class TrainStep:
         self.fault = None
         if isinstance(self._optimizer, ZeroOptimizer) and not self._optimizer.has_stepped:
             self.fault = Fault("the norm of the gradients is not finite, and DeepSpeed does not step with them")
+            if self._watch is not None:
+                self._watch.take_back()
             return {}
         if self._watch is not None:
             self._watch.end()
@@ -189,7 +191,7 @@ class TrainStep:
         return {name: value.grad for name, value in self._parameters.items() if value.grad is not None}
 
     def _check_can_be_zero(self, model: Zero) -> None:
-        if not isinstance(self._optimizer, ZeroOptimizer):
+        if not (isinstance(self._optimizer, ZeroOptimizer) and self._optimizer.model is model):
             raise UserError("DeepSpeed: give the model's optimizer to it: rt.wrap_optimizer(optimizer, model)")
         if self.scaler.is_enabled():
             raise UserError("DeepSpeed: fp16's loss scaling is not supported; use bf16")

@@ -154,6 +154,19 @@ def adopted(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def replaced(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for as long as the context lasts: for a library that can be told in no other way."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
 def as_torchrun_has_it(world: World) -> Iterator[None]:
     """Have the environment say who this rank is in torchrun's words alone, for a library that asks it.
 

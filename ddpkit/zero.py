@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +26,7 @@ from torch.optim import Optimizer
 from ddpkit.checkpoint.shards import Layout, Sharded
 from ddpkit.errors import StateError, UserError
 from ddpkit.precision import cast_around
+from ddpkit.world import environment, replaced
 from ddpkit.zero_config import OPTIMIZERS, ZeroConfig, unknown_optimizer
 
 
@@ -103,9 +103,11 @@ class Zero(nn.Module):
         """Have the engine, over an optimizer of the module's parameters, which it changes. Collective."""
         from torch.distributed.device_mesh import init_device_mesh
 
+        if self.engine is not None:
+            raise UserError("DeepSpeed: the model has an optimizer already; one may have several groups")
         deepspeed = _imported(self.device)
-        number = os.environ.get("LOCAL_RANK", "0") if self.device.index is None else str(self.device.index)
-        self._surroundings.enter_context(_in_environment("LOCAL_RANK", number))  # it looks there again and again
+        number = environment().get("LOCAL_RANK", "0") if self.device.index is None else str(self.device.index)
+        self._surroundings.enter_context(replaced({"LOCAL_RANK": number}))  # it looks there again and again
         with contextlib.redirect_stdout(sys.stderr):  # it prints here and there
             engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=optimizer, config=self.config.for_engine(), dist_init_required=False
@@ -130,6 +132,9 @@ class Zero(nn.Module):
                 "run.accumulate():`, one backward pass in each"
             )
         self.engine.step()
+        if self.spreads_parameters:
+            # DeepSpeed leaves them there, for the next step to use of parameters that have no gradient in it.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def release(self) -> None:
         """Let go of the engine, and of the groups of ranks that DeepSpeed knows: the next runtime may have others."""
@@ -349,23 +354,23 @@ class ZeroOptimizer(Optimizer):
         trained = {id(each) for each in model.module.parameters() if each.requires_grad}
         if {id(each) for group in self.param_groups for each in group["params"]} != trained:
             raise UserError("DeepSpeed: the optimizer has other parameters than those of the model that are trained")
-        self._model = model
+        self.model = model
         self._inside = optimizer
         model.begin(optimizer)
 
     @property
     def has_stepped(self) -> bool:
         """Whether the last `step` was taken: DeepSpeed leaves one out if the gradient's norm is not finite."""
-        stepped: bool = self._model.engine.was_step_applied()
+        stepped: bool = self.model.engine.was_step_applied()
         return stepped
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Clip, step, and have the parameters on all ranks; the gradients are none then. Collective."""
         if closure is not None:
             raise UserError("DeepSpeed: an optimizer's step takes no closure")
-        for own, inside in zip(self.param_groups, self._model._base.param_groups, strict=True):
+        for own, inside in zip(self.param_groups, self.model._base.param_groups, strict=True):
             inside.update({key: value for key, value in own.items() if key != "params"})
-        self._model.step()
+        self.model.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing: gradients are gone with the step."""
@@ -373,7 +378,7 @@ class ZeroOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As that of the same optimizer over parameters that are not spread. Collective."""
         state = super().state_dict()
-        whole = self._model.whole_optimizer_state(self.param_groups)
+        whole = self.model.whole_optimizer_state(self.param_groups)
         return {**state, "state": {number: values for number, values in enumerate(whole) if values}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -382,7 +387,7 @@ class ZeroOptimizer(Optimizer):
             own.update({key: value for key, value in saved.items() if key != "params"})
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         states = [state_dict["state"].get(number, {}) for number in numbers]
-        self._model.load_whole_optimizer_state(self.param_groups, states)
+        self.model.load_whole_optimizer_state(self.param_groups, states)
 
 
 def alone(module: nn.Module, config: ZeroConfig, device: torch.device) -> Zero:
@@ -431,7 +436,7 @@ def _api() -> Any:
 def _imported(device: torch.device) -> Any:
     """DeepSpeed, on this kind of device, and on the process group that there is. Collective the first time."""
     # Where its log goes from now on: standard output is the program's.
-    with contextlib.redirect_stdout(sys.stderr), _in_environment("DS_ACCELERATOR", device.type):
+    with contextlib.redirect_stdout(sys.stderr), replaced({"DS_ACCELERATOR": device.type}):
         deepspeed = importlib.import_module("deepspeed")
     if device.type == "cpu":
         # Sums of its own over shared memory: compiled for a minute when first used, and waiting without a limit.
@@ -440,17 +445,3 @@ def _imported(device: torch.device) -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-@contextmanager
-def _in_environment(name: str, value: str) -> Iterator[None]:
-    """What DeepSpeed takes from there alone: the number of a device, and of which kind."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

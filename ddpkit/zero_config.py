@@ -171,7 +171,11 @@ def _whole(found: Mapping[str, Any], mixed_precision: str) -> ZeroConfig | None:
     clip = None if clip in (None, "auto", 0, 0.0) else clip
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, (int, float)) or clip < 0):
         raise ConfigError(f"gradient_clipping: {clip!r}: use a number, or auto")
-    if stage == 0:
+    if stage == 0:  # which is DDP, and the run's own
+        if clip is not None:
+            raise ConfigError("gradient_clipping: with stage 0 it is the run that clips: train.clip_grad_norm")
+        if bf16 and mixed_precision != "bf16":
+            raise ConfigError("bf16: with stage 0 it is the run's own: train.precision: bf16")
         return None
     return ZeroConfig(
         stage,

@@ -210,8 +210,9 @@ class _Agent:
     def _await_end(self, place: int, pid: int) -> None:
         with self._processes_come:
             self._processes_come.wait_for(lambda: pid in self._processes)
+            process = self._processes.pop(pid)  # a later one may have the same number
         # By the object that the agent asks, too: of two that ask the kernel, one finds the status taken away.
-        status = self._processes[pid].wait()
+        status = process.wait()
         when = time.monotonic()
         self._tell(ended=place, status=status, when=when, memory=vars(self._memory.last(pid)) if status else None)
 

@@ -140,7 +140,7 @@ def slurm(
     settings = configs.launch_section(section | {"cpus_per_rank": cpus_per_rank, "slurm": options})
     job = Job("call", call=cloudpickle.dumps((fn, args, dict(kwargs or {}))), search_path=tuple(sys.path))
     name = getattr(fn, "__name__", "call")
-    home = submission.new_home(name) if folder is None else Path(folder)
+    home = submission.new_home(name) if folder is None else Path(folder).expanduser()
     made = plan.make(settings, job, run_dir=home, tee_all=tee_all, command=("launch.slurm", name))
     return SlurmJob(submission.submit((made,), home))
 

@@ -93,9 +93,15 @@ def is_consequence_like(kind: str, message: str) -> bool:
 def order_by_cause(failures: list[Failure]) -> tuple[Failure, ...]:
     """The cause first: the earliest failure that is not what a rank sees when another one has gone.
 
-    Of a stall it is the rank that the others wait for that has failed, not the one that has noticed.
+    Of a stall it is the rank that the others wait for that has failed, not the one that has noticed, nor those that it
+    has told.
     """
-    ordered = sorted(failures, key=lambda failure: (follows(failure), failure.when))
+
+    def place(failure: Failure) -> tuple[bool, bool, float]:
+        is_behind = follows(failure)
+        return is_behind, is_behind and failure.late is None, failure.when
+
+    ordered = sorted(failures, key=place)
     if not ordered or ordered[0].late is None:
         return tuple(ordered)
     rank, host = ordered[0].late

@@ -162,9 +162,10 @@ class ElasticNode(Node):
             told.regroups = True
         elif "failure" in message:
             failure = Failure.from_json(message["failure"])
+            order = message["order"]
             if failure.is_users_input:  # final, though the ranks here may have been started again meanwhile
-                told = self._rounds[max(message["round"], self._current)]
-            told.order.setdefault(failure.rank, message["order"])  # by now more may be known of it, but no sooner
+                told, order = self._rounds[max(message["round"], self._current)], 0
+            told.order.setdefault(failure.rank, order)  # by now more may be known of it, but no sooner
             told.failures[failure.rank] = failure
 
     # -- failures on several machines ------------------------------------------------------------------------------

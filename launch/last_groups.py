@@ -14,24 +14,28 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections import deque
 from typing import Any
 
-_KEPT = 8  # groups; each is some threads and connections
 _LET_GO_S = 0.02  # for threads that wait for the lock; they are let in after 5 ms
 
 
 def keep_last_groups() -> None:
-    """Have groups of gloo that a script destroys freed later than by its models. For scripts with torch imported."""
+    """Have all groups of gloo, which a script destroys at its end, freed later than by its models.
+
+    `torch.distributed.destroy_process_group` is replaced for that, in a process that has imported torch beforehand.
+    """
     if "torch.distributed" not in sys.modules:
         return
     import torch.distributed as dist
 
-    destroy, kept = dist.destroy_process_group, deque[Any](maxlen=_KEPT)
+    destroy, kept = dist.destroy_process_group, list[Any]()
+    known = dist.distributed_c10d._world
 
     @functools.wraps(destroy)
     def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
-        kept.extend(each for each in dist.distributed_c10d._world.pg_map if dist.get_backend(each) == "gloo")
+        if group is None or group is dist.group.WORLD:
+            # Those of another time before have been idle since, and go now.
+            kept[:] = [each for each in known.pg_map if "gloo" in known.pg_backend_config[each]]
         destroy(group)
 
     for module in (dist, dist.distributed_c10d):

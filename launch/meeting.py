@@ -53,7 +53,7 @@ class Meeting(DynamicRendezvousHandler):
     _earlier: dict[int, _Round]
 
     def get_backend(self) -> str:
-        """The name by which the agent finds it."""
+        """A name for it, which the agent notes."""
         return NAME
 
     def next_rendezvous(self) -> RendezvousInfo:

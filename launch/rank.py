@@ -91,6 +91,7 @@ def run(job: Job, order: RankOrder) -> int:
                 stream.flush()
     _report(order, {"reached": DONE})
     _report(order, {"leaves": time.monotonic()})
+    let_go()
     return EXIT_DONE
 
 
@@ -131,7 +132,6 @@ def _do(job: Job, order: RankOrder) -> None:
         _report(order, {"result": base64.b64encode(result).decode()})
     else:
         _run_as_main(job)
-    let_go()
 
 
 def _let_signals_through() -> None:
@@ -193,6 +193,7 @@ def _show_log() -> None:
 def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
     if leaving.code in (None, EXIT_DONE, EXIT_STOPPED):
         _report(order, {"leaves": time.monotonic()})
+        let_go()
     if leaving.code is None:
         return EXIT_DONE
     if isinstance(leaving.code, int):

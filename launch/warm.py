@@ -50,9 +50,11 @@ def _collector_at_rest() -> Iterator[None]:
     ranks, where it would write to every object's page.
     """
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _load_libraries() -> None:
@@ -65,7 +67,10 @@ def _load_libraries() -> None:
     if found is None or found.origin is None:
         return
     libraries = Path(found.origin).parent / "lib"
-    load = ctypes.CDLL(None).dlopen
+    try:
+        load = ctypes.CDLL(None).dlopen
+    except (OSError, AttributeError):  # another system's way
+        return
     load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
     wanted = {libraries / "libtorch_global_deps.so": os.RTLD_NOW | os.RTLD_GLOBAL}
     if not any((libraries / name).exists() for name in ("libtorch_cuda.so", "libtorch_hip.so", "libtorch_xpu.so")):

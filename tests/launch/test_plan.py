@@ -130,9 +130,10 @@ def test_causes_come_before_consequences() -> None:
 def test_of_a_stall_the_rank_that_others_wait_for_has_failed() -> None:
     noticed = Failure(2, "here", 1.0, 1, "Stalled", "no progress", is_consequence=True, late=(1, "there"))
     ended = [Failure(rank, "there", 2.0, -9, message=ENDED_BY_US) for rank in (0, 1)]
-    first, *others = order_by_cause([*ended, Failure.from_json(noticed.to_json())])
+    told = Failure(3, "here", 0.9, 1, "RankFailed", "rank 2: Stalled: no progress", is_consequence=True)
+    first, *others = order_by_cause([*ended, told, Failure.from_json(noticed.to_json())])
     assert (first.rank, first.host, first.kind) == (1, "there", "Stalled")
-    assert [each.rank for each in others] == [0]
+    assert [each.rank for each in others] == [3, 0]
     crashed = Failure(3, "here", 3.0, -11, message="SIGSEGV")  # a failure of its own, and the cause of all else
     assert [each.rank for each in order_by_cause([noticed, *ended, crashed])] == [3, 2, 0, 1]
 

@@ -274,11 +274,21 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [LAST_STEP, LAST_STEP.replace("dist.destroy_process_group()", "pass")])
-def test_a_script_that_ends_with_its_last_step_ends(shell: Shell, script: str) -> None:
+@pytest.mark.parametrize(
+    ("now", "then"),
+    [
+        ('("gloo")', '("gloo")'),
+        ('("gloo")', "()"),  # a backend for each kind of device
+        ("dist.destroy_process_group()", "pass"),
+        ("\nmain()", "\nraise SystemExit(main())"),
+    ],
+    ids=["gloo", "no backend", "not destroyed", "by SystemExit"],
+)
+def test_a_script_that_ends_with_its_last_step_ends(shell: Shell, now: str, then: str) -> None:
     # Each hangs every second time, or aborts, where the model frees the group of gloo: `launch.last_groups`.
-    shell.script("last.py", script)
-    for _ in range(5):
+    assert now in LAST_STEP
+    shell.script("last.py", LAST_STEP.replace(now, then))
+    for _ in range(4):
         done = shell.run("launch", "--nproc-per-node", "2", "last.py")
         assert done.returncode == 0, done.stderr
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import ddpkit
 from ddpkit.checkpoint.contents import load_model_tensors
 from ddpkit.errors import StopRequested, UserError
 from ddpkit.testing import run_ranks
-from tests import toy
+from tests import pages, toy
 from tests.resume.faults import Fault, is_agreed, pending, plan, watch
 from tests.resume.runs import assert_same_end, cli, last_checkpoint, metrics, shell, start, to_the_end, tree
 from tests.resume.test_training_state import planted_tree
@@ -243,6 +244,63 @@ def _refusals(directory: str) -> list[str]:
                 call()
             said.append(str(caught.value))
     return said
+
+
+class Branches(nn.Module):
+    """Of two layers, a pass takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 1), nn.Linear(6, 1)])
+
+    def forward(self, number: int, inputs: torch.Tensor) -> Any:
+        return self.layers[number](inputs)
+
+
+def _moves(directory: str) -> list[tuple[bool, bool]]:
+    """Of each step, whether the weights of the layer that it took have moved, and those of the other one."""
+    moves = []
+    with ddpkit.runtime() as rt:
+        model: Any = rt.wrap(Branches(), parallel="accelerate", config=f"{directory}/accelerate.json")
+        optimizer = rt.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        with pytest.raises(UserError, match="the model has an optimizer already"):
+            rt.wrap_optimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        for step in range(4):
+            taken = step % 2
+            before = [_weights(model, number) for number in (taken, 1 - taken)]
+            model(taken, torch.ones(2, 6)).square().mean().backward()
+            optimizer.step()
+            after = [_weights(model, number) for number in (taken, 1 - taken)]
+            moves.append((not torch.equal(before[0], after[0]), not torch.equal(before[1], after[1])))
+    return moves
+
+
+def _weights(model: Any, number: int) -> torch.Tensor:
+    found: torch.Tensor = model.whole_state()[f"layers.{number}.weight"].full_tensor()
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_has_no_gradient_in_a_step_stays(stage: int, tmp_path: Path) -> None:
+    deepspeed(tmp_path, stage)
+    assert run_ranks(_moves, 2, str(tmp_path)) == [[(True, False)] * 4] * 2
+
+
+def _as_on_the_page(directory: str, code: str) -> float:
+    os.chdir(directory)
+    with ddpkit.runtime() as rt:
+        names: dict[str, Any] = {"rt": rt, "torch": torch, "Net": lambda: nn.Linear(6, 1)}
+        exec(code, names)
+        loss: torch.Tensor = names["model"](torch.ones(2, 6)).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        names["optimizer"].step()
+        return float(names["model"](torch.ones(2, 6)).square().mean().detach() - loss.detach())
+
+
+def test_what_models_md_says_of_it(tmp_path: Path) -> None:
+    file, code = (block for block in pages.by_section("docs/models.md")["DeepSpeed"] if block.language != "indented")
+    (tmp_path / "accelerate.yaml").write_text(file.text)
+    assert all(change < 0 for change in run_ranks(_as_on_the_page, 2, str(tmp_path), code.text))
 
 
 def test_scripts(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def test_what_accelerate_config_writes_is_taken_up(tmp_path: Path) -> None:
     assert accelerated.read(path).zero == ZeroConfig(3, {}, bf16=True, clip_grad_norm=1.0)
     assert accelerated.read(accelerate(tmp_path, {})).zero == ZeroConfig(2)  # accelerate's own default
     assert accelerated.read(accelerate(tmp_path, {"zero_stage": 0})).zero is None  # nothing is spread: DDP
+    for of_the_run in ({"zero_stage": 0, "gradient_clipping": 1.0}, {"zero_stage": 0, "bf16": {"enabled": True}}):
+        with pytest.raises(ConfigError, match=r"with stage 0 it is the run|ddpkit does not follow it"):
+            accelerated.read(accelerate(tmp_path, of_the_run))
     zero = {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": False, "offload_optimizer": {"device": "none"}}
     whole = {"zero_optimization": zero, "bf16": {"enabled": True}, "fp16": {"enabled": False}}
     whole |= {"train_batch_size": "auto", "zero_allow_untested_optimizer": True}
