@@ -199,7 +199,7 @@ def test_a_stop_from_the_shell_and_what_status_says(
 def test_killed_at_random_moments(ranks: int, tmp_path: Path) -> None:
     chance = random.Random(ranks)
     changes = {
-        "launch": {"nproc_per_node": ranks},
+        "launch": {"nproc_per_node": ranks, "cpus_per_rank": 1},  # as the ranks of the reference have
         "data__loader": {"num_workers": 2 * (ranks % 2)},
         "train__step": "tests.toy:slow_step",
         "train__epochs": 8,
