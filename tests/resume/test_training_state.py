@@ -140,7 +140,7 @@ def test_an_average_is_evaluated_when_asked_for(tmp_path: Path, capsys: pytest.C
     recorded = next(line for line in metrics(tmp_path / "run") if line["kind"] == "eval")
     for extra, same in (("train.eval_ema=true", True), ("train.eval_ema=false", False)):
         one = ("--launcher", "inline", "-o", "launch.nproc_per_node=1")
-        ended = shell("eval", str(tmp_path / "run"), *one, "-o", extra)
+        ended = shell("eval", str(tmp_path / "run"), *one, "-o", extra, env={"OMP_NUM_THREADS": "1"})  # as `start` has
         assert ended.code == 0, ended.err
         assert (json.loads(ended.out)["error"] == recorded["error"]) is same
     refused = cli(capsys, "eval", str(tmp_path / "run"), "--ema", "-o", "model.ema_decay=null")
