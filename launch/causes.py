@@ -215,11 +215,17 @@ def _without_machinery(text: str) -> str:
 
 
 def _where_users_code_was(error: BaseException) -> str:
-    """The traceback down to the last line that belongs to no library, ddpkit itself included."""
-    frames = traceback.extract_tb(error.__traceback__)
-    while frames and _is_library(frames[-1].filename):
-        frames.pop()
-    return "".join(["Traceback (most recent call last):\n", *frames.format()]) if frames else ""
+    """The traceback down to the last line that belongs to no library, ddpkit itself included.
+
+    Of the exception behind this one, where torch told of the death when the script had ended because of it.
+    """
+    for each in _chain(error):
+        frames = traceback.extract_tb(each.__traceback__)
+        while frames and _is_library(frames[-1].filename):
+            frames.pop()
+        if frames:
+            return "".join(["Traceback (most recent call last):\n", *frames.format()])
+    return ""
 
 
 def _is_library(file: str) -> bool:

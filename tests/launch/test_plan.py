@@ -127,6 +127,16 @@ def test_causes_come_before_consequences() -> None:
     assert order_by_cause([]) == ()
 
 
+def test_a_dead_worker_that_is_told_of_late_was_where_the_script_was() -> None:
+    try:
+        raise EOFError
+    except EOFError as lost:
+        told = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        told.__context__ = lost
+    cause = cause_of(told)
+    assert cause.kind == "LoaderWorkerDied" and "raise EOFError" in cause.traceback
+
+
 def test_of_a_stall_the_rank_that_others_wait_for_has_failed() -> None:
     noticed = Failure(2, "here", 1.0, 1, "Stalled", "no progress", is_consequence=True, late=(1, "there"))
     ended = [Failure(rank, "there", 2.0, -9, message=ENDED_BY_US) for rank in (0, 1)]
