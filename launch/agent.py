@@ -79,7 +79,7 @@ class _Agent:
         self._orders = [os.pipe() for _ in range(self._terms.nproc)]
         self._waiting: dict[int, dict[str, int]] = {}
         self._ranks: dict[int, int] = {}  # local rank -> pid, of those that have their orders
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by pid, of all
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by pid, of those whose end nobody waits for yet
         self._processes_come = threading.Condition()
         self._job: int | None = None
         self._memory = Watch()

@@ -77,7 +77,7 @@ def run(job: Job, order: RankOrder) -> int:
         if os.getpid() != me:
             raise  # a process that the script has forked: what becomes of it is the script's own business
         if isinstance(error, SystemExit):
-            return _exit_code(error, order)
+            return _exit_code(error, job, order)
         if isinstance(error, UserError):
             report_failure(order, error, EXIT_USER, with_traceback=False)
             return EXIT_USER
@@ -90,8 +90,7 @@ def run(job: Job, order: RankOrder) -> int:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     _report(order, {"reached": DONE})
-    _report(order, {"leaves": time.monotonic()})
-    let_go()
+    _leave(job, order)
     return EXIT_DONE
 
 
@@ -190,10 +189,15 @@ def _show_log() -> None:
     logger.propagate = False
 
 
-def _exit_code(leaving: SystemExit, order: RankOrder) -> int:
-    if leaving.code in (None, EXIT_DONE, EXIT_STOPPED):
-        _report(order, {"leaves": time.monotonic()})
+def _leave(job: Job, order: RankOrder) -> None:
+    _report(order, {"leaves": time.monotonic()})
+    if job.kind not in ("run", "eval"):  # which have closed their groups
         let_go()
+
+
+def _exit_code(leaving: SystemExit, job: Job, order: RankOrder) -> int:
+    if leaving.code in (None, EXIT_DONE, EXIT_STOPPED):
+        _leave(job, order)
     if leaving.code is None:
         return EXIT_DONE
     if isinstance(leaving.code, int):

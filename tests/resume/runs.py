@@ -17,10 +17,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from ddpkit import config as configs
 from ddpkit import worker
 from ddpkit.agree import RankFailed
+from ddpkit.checkpoint.contents import load_model_tensors
 from ddpkit.errors import DdpkitError, StopRequested
 from ddpkit.testing import RankDied, run_ranks
 from launch.cli import main
@@ -182,6 +184,17 @@ def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> Ended:
 
 
 # ---------------------------------------------------------------------- what a run has left
+
+
+def assert_close_end(run_dir: Path, reference: Path, rtol: float, atol: float) -> None:
+    """The same tensors in the last checkpoint, spread or whole, and every metric but the time, up to rounding."""
+    ours, theirs = (load_model_tensors(last_checkpoint(path)) for path in (run_dir, reference))
+    assert list(ours) == list(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=atol, msg=name)
+    for one, other in zip(metrics(run_dir), metrics(reference), strict=True):
+        assert one.pop("kind") == other["kind"]
+        assert one == {key: pytest.approx(other[key], rel=rtol) for key in one}
 
 
 def last_checkpoint(run_dir: Path) -> Path:

@@ -21,7 +21,17 @@ from ddpkit.errors import StopRequested, UserError
 from ddpkit.testing import run_ranks
 from tests import pages, toy
 from tests.resume.faults import Fault, is_agreed, pending, plan, watch
-from tests.resume.runs import assert_same_end, cli, last_checkpoint, metrics, shell, start, to_the_end, tree
+from tests.resume.runs import (
+    assert_close_end,
+    assert_same_end,
+    cli,
+    last_checkpoint,
+    metrics,
+    shell,
+    start,
+    to_the_end,
+    tree,
+)
 from tests.resume.test_training_state import planted_tree
 
 pytestmark = [
@@ -90,14 +100,7 @@ def test_killed_on_two_ranks_it_goes_on_with_three_and_in_one_piece(
     assert start(spread, 1, plan(tmp_path / "fourth", Fault("train", 9, do="SIGTERM")), attempt=3) == "SIGTERM"
     assert start(spread, 2, attempt=4) == "done"
 
-    ours, theirs = (load_model_tensors(last_checkpoint(path)) for path in (run_dir, tmp_path / "whole"))
-    assert list(ours) == list(theirs)
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=name)
-    for one, other in zip(metrics(run_dir), metrics(tmp_path / "whole"), strict=True):
-        assert one.pop("kind") == other["kind"]
-        assert one == {key: pytest.approx(other[key], rel=1e-4) for key in one}
-
+    assert_close_end(run_dir, tmp_path / "whole", rtol=1e-4, atol=1e-5)
     assert cli(capsys, "verify", str(run_dir)).code == 0
     assert cli(capsys, "export", str(run_dir), str(tmp_path / "model.safetensors")).code == 0
     model = toy.model(batchnorm=False, width=15)

@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from ddpkit.checkpoint.contents import load_model_tensors
 from tests import toy
 from tests.resume.faults import Fault, pending, plan
-from tests.resume.runs import assert_same_end, cli, last_checkpoint, metrics, shell, start, to_the_end, tree
+from tests.resume.runs import (
+    assert_close_end,
+    assert_same_end,
+    cli,
+    last_checkpoint,
+    metrics,
+    shell,
+    start,
+    to_the_end,
+    tree,
+)
 from tests.resume.test_training_state import planted_tree
 
 SHARDED: dict[str, Any] = {"model__parallel": "fsdp2", "model__fsdp2": {"layers": ["Linear"]}}
@@ -57,14 +65,7 @@ def test_killed_on_two_ranks_it_goes_on_with_three_and_in_one_piece(
     assert start(sharded, 1, plan(tmp_path / "fourth", Fault("train", 3, do="SIGTERM")), attempt=3) == "SIGTERM"
     assert start(sharded, 2, attempt=4) == "done"
 
-    ours, theirs = (load_model_tensors(last_checkpoint(path)) for path in (run_dir, tmp_path / "whole"))
-    assert list(ours) == list(theirs)
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12, msg=name)
-    for one, other in zip(metrics(run_dir), metrics(tmp_path / "whole"), strict=True):
-        assert one.pop("kind") == other["kind"]
-        assert one == {key: pytest.approx(other[key], rel=1e-9) for key in one}
-
+    assert_close_end(run_dir, tmp_path / "whole", rtol=1e-9, atol=1e-12)
     assert cli(capsys, "verify", str(run_dir)).code == 0
     assert cli(capsys, "export", str(run_dir), str(tmp_path / "model.safetensors")).code == 0
     model = toy.model(dtype="float64", batchnorm=False)
