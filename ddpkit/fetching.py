@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
@@ -29,7 +29,7 @@ from ddpkit.generators import HostGenerators
 from ddpkit.orphans import die_with_parent
 from ddpkit.permutation import derive
 from ddpkit.sampler import Fetch, Pass, passes
-from ddpkit.seeding import epoch_key, sample_key, seed_host_generators
+from ddpkit.seeding import epoch_key, sample_key
 from ddpkit.tensor_rows import has_rows, rows
 from ddpkit.world import World
 
@@ -67,23 +67,27 @@ class SeededDataset(Dataset[Any]):
             with suppress(TypeError, IndexError):  # to be answered in the dataset's own words, below
                 batch = rows(self._dataset, fetch.items)
                 return fetch.part, batch if fetch.part.size else [tensor[:0] for tensor in batch]
-        # In a worker the generators serve nothing else; in the rank's own process they are the step's as well.
-        with self._generators.kept() if get_worker_info() is None else nullcontext():
+        if get_worker_info() is not None:  # where the generators serve nothing else
             return fetch.part, self._seeded(fetch)
+        before = self._generators.state()  # here they are the step's as well
+        try:
+            return fetch.part, self._seeded(fetch)
+        finally:
+            self._generators.restore(before)
 
     def _seeded(self, fetch: Fetch) -> Any:
         part = fetch.part
         first = part.start if part.size else part.batch_start
         samples = []
         for position, item in enumerate(fetch.items, first):
-            seed_host_generators(sample_key(fetch.key, position))
+            self._generators.seed(sample_key(fetch.key, position))
             try:
                 samples.append(self._dataset[item])
             except Exception as error:
                 _note(error, f"at sample {item}, position {position} of the epoch")
                 raise
         if self._collate is not default_collate:  # torch's draws nothing
-            seed_host_generators(sample_key(fetch.key ^ _COLLATE, first))
+            self._generators.seed(sample_key(fetch.key ^ _COLLATE, first))
         batch = self._collate(samples)
         return batch if part.size else nothing_of(batch, samples[0])
 
@@ -141,7 +145,7 @@ class SeededStream(IterableDataset[Any]):
         offset = part.batch_start
         mine = samples[part.start - offset : part.stop - offset] or samples[:1]
         with self._generators.kept():
-            seed_host_generators(sample_key(self._key ^ _COLLATE, part.start))
+            self._generators.seed(sample_key(self._key ^ _COLLATE, part.start))
             batch = self._collate(mine)
         return batch if part.size else nothing_of(batch, mine[0])
 
@@ -154,7 +158,7 @@ class SeededStream(IterableDataset[Any]):
                 if stream is None:
                     stream = self._opened()
                 while len(samples) < self._global_batch_size:
-                    seed_host_generators(sample_key(self._key, position + len(samples)))
+                    self._generators.seed(sample_key(self._key, position + len(samples)))
                     try:
                         samples.append(next(stream))
                     except StopIteration:
@@ -169,10 +173,10 @@ class SeededStream(IterableDataset[Any]):
         if callable(getattr(self._dataset, "iter_from", None)):
             opened: Iterator[Any] = iter(self._dataset.iter_from(self._position))
             return opened
-        seed_host_generators(derive(self._key, "open"))
+        self._generators.seed(derive(self._key, "open"))
         stream: Iterator[Any] = iter(self._dataset)
         for position in range(self._position):
-            seed_host_generators(sample_key(self._key, position))
+            self._generators.seed(sample_key(self._key, position))
             if next(stream, _END) is _END:
                 break
         return stream

@@ -19,7 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from ddpkit.errors import UserError
 from ddpkit.generators import HostGenerators
 from ddpkit.permutation import Permutation, derive
-from ddpkit.seeding import epoch_key, seed_host_generators
+from ddpkit.seeding import epoch_key
 from ddpkit.world import World
 
 _BLOCK = 8192  # positions permuted at once: numpy's cost per call no longer shows (an epoch's first block is one batch)
@@ -154,8 +154,9 @@ class SampledOrder:
     def _of(self, epoch: int) -> list[Any]:
         if self._drawn[0] != epoch:
             _set_epoch(self._sampler, epoch)
-            with HostGenerators().kept():
-                seed_host_generators(epoch_key(self._seed, "sampler", epoch))
+            generators = HostGenerators()
+            with generators.kept():
+                generators.seed(epoch_key(self._seed, "sampler", epoch))
                 if self._generator is not None:
                     self._generator.manual_seed(epoch_key(self._generator_seed, "sampler", epoch))
                 self._drawn = (epoch, list(self._sampler))

@@ -7,11 +7,9 @@ Every stream's key is a hash: seed + epoch would make seed 0's epoch 1 seed 1's 
 
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import torch
 
+from ddpkit.generators import HostGenerators
 from ddpkit.permutation import derive
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment: neighbouring positions get distant keys
@@ -20,16 +18,8 @@ _MASK = (1 << 64) - 1
 
 def seed_generators(key: int) -> None:
     """Seed Python's, NumPy's and torch's generators (all devices) of this process from a 64-bit key."""
-    seed_host_generators(key)
+    HostGenerators().seed(key)
     torch.cuda.manual_seed_all(key)  # remembered until CUDA starts, without starting it
-
-
-def seed_host_generators(key: int) -> None:
-    """Seed Python's, NumPy's and torch's CPU generator from a 64-bit key: about 6 us, fit for every sample."""
-    random.seed(key)
-    np.random.seed(key & 0xFFFFFFFF)
-    # Not torch.manual_seed: it goes over every device and costs 86 us.
-    torch.default_generator.manual_seed(key)
 
 
 def sample_key(base: int, position: int) -> int:

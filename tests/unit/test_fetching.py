@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ddpkit.fetching import SeededDataset
+from ddpkit.generators import HostGenerators
 from ddpkit.sampler import ElasticOrder, Plan
-from ddpkit.seeding import seed_host_generators
 from ddpkit.world import World
 
 LENGTH = 24
@@ -35,7 +35,7 @@ def passes_of(
 ) -> tuple[list[Any], list[Any]]:
     """Every sample of two epochs, and what the rank itself draws in between."""
     plan = Plan(ElasticOrder(LENGTH, 0, True), World(), 0, batch_size, None, drop_last=True)
-    seed_host_generators(5)
+    HostGenerators().seed(5)
     samples: list[Any] = []
     drawn = []
     for epoch in range(2):

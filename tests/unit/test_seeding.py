@@ -11,7 +11,6 @@ from ddpkit.seeding import (
     epoch_key,
     sample_key,
     seed_generators,
-    seed_host_generators,
 )
 
 
@@ -20,11 +19,11 @@ def draws() -> tuple[float, float, float]:
 
 
 def test_a_key_sets_all_three_generators() -> None:
-    seed_host_generators(5)
+    HostGenerators().seed(5)
     first = draws()
-    seed_host_generators(5)
+    HostGenerators().seed(5)
     assert draws() == first
-    seed_host_generators(6)
+    HostGenerators().seed(6)
     assert all(a != b for a, b in zip(draws(), first, strict=True))
     seed_generators(5)
     assert draws() == first
@@ -32,16 +31,16 @@ def test_a_key_sets_all_three_generators() -> None:
 
 @pytest.mark.parametrize("key", [0, 1, 2**31, 2**63, 2**64 - 1])
 def test_any_64_bit_key_will_do(key: int) -> None:
-    seed_host_generators(key)
+    HostGenerators().seed(key)
     seed_generators(key)
 
 
 def test_the_generators_are_as_before_after_the_block_even_if_it_fails() -> None:
-    seed_host_generators(1)
+    HostGenerators().seed(1)
     np.random.normal()  # leaves a second value in NumPy's cache
     expected_after = (random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state())
     with pytest.raises(ZeroDivisionError), HostGenerators().kept():
-        seed_host_generators(2)
+        HostGenerators().seed(2)
         draws()
         raise ZeroDivisionError
     assert random.getstate() == expected_after[0]
@@ -59,7 +58,7 @@ def test_neighbouring_samples_epochs_and_seeds_have_nothing_in_common() -> None:
     assert len(keys) == 5 * 5 * 400
     first = []
     for position in range(3000):
-        seed_host_generators(sample_key(epoch_key(0, "sample", 0), position))
+        HostGenerators().seed(sample_key(epoch_key(0, "sample", 0), position))
         first.append(draws())
     table = np.array(first)
     # Uniform (a mean of 3000 has a standard error of 0.0053) and unlike their neighbours (0.018).
