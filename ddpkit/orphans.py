@@ -82,8 +82,11 @@ def _members(session: int, mark: str) -> Iterator[int]:
                     yield int(entry.name)
 
 
-TIDY_S = 3.0
-"""How long those that `tidies_up` are given, once the others have gone; torch's waits 2 s for others to come."""
+TIDY_S = 8.0
+"""How long those that `tidies_up` are given, once the others have gone.
+
+torch's waits 2 s for others to come, and a busy machine takes longer.
+"""
 
 
 def tidies_up(pid: int) -> bool:

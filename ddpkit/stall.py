@@ -37,6 +37,7 @@ _LATER = 1.5
 _STOPPING_S = 120.0  # as the time without anything done that is too long, from when a stop has been asked for
 _FOLLOW_S = 5.0  # for a rank to end by itself once the run is known to be stalled
 _STALLED = "rollcall/stalled"
+_SEEN = "rollcall/seen"
 
 
 class StallWatch:
@@ -174,11 +175,18 @@ class StallWatch:
         tell_failure(PrefixStore(AGREEMENTS, store), self._world.rank, f"{type(error).__name__}: {error}")
         store.set(_STALLED, str(self._world.rank))
         if not self._world.agent_store and self._world.is_main:
-            time.sleep(2 * _LOOK_S)  # for the others to see it: the store ends with this process
+            self._await_followers(store)
         end_process(error)
+
+    def _await_followers(self, store: Store) -> None:
+        """Wait until the others have seen it, which a stopped one never does: the store ends with this process."""
+        until = time.monotonic() + _FOLLOW_S
+        while store.add(_SEEN, 0) < self._world.world_size - 1 and time.monotonic() < until:
+            time.sleep(0.1)
 
     def _follow(self, store: Store) -> None:
         """End this rank too, where nobody else does, and give its main thread the time to do so by itself."""
         by = store.get(_STALLED).decode()
+        store.add(_SEEN, 1)
         if not self._leaving.wait(_FOLLOW_S):
             end_process(Stalled(f"rank {by} has found that the run is stalled, and this rank with it"))

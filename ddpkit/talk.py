@@ -54,7 +54,9 @@ def check(me: World | None = None) -> list[str]:
         stack.enter_context(rendezvous.hosting(me))
         _knock(me)
         try:
-            store = PrefixStore("doctor", rendezvous.connect(me, _STORE_S))
+            # Where no port is named, nobody has waited for rank zero yet.
+            patience_s = _MEET_S if me.master_port is None else _STORE_S
+            store = PrefixStore("doctor", rendezvous.connect(me, patience_s))
         except (rendezvous.NoMeeting, dist.DistError) as error:
             raise _unreachable(me, f": {_in_words(error)}") from error
         ranks = Ranks(me, PrefixStore(AGREEMENTS, store))

@@ -16,7 +16,8 @@ import sys
 import time
 from typing import Any
 
-_LET_GO_S = 0.02  # for threads that wait for the lock; they are let in after 5 ms
+_LET_GO_S = 0.1  # for threads that wait for the lock: they are let in after 5 ms, if there is a core for them
+_kept: list[Any] = []  # for as long as the process lives, as torch's own list of groups
 
 
 def keep_last_groups() -> None:
@@ -28,14 +29,13 @@ def keep_last_groups() -> None:
         return
     import torch.distributed as dist
 
-    destroy, kept = dist.destroy_process_group, list[Any]()
-    known = dist.distributed_c10d._world
+    destroy, known = dist.destroy_process_group, dist.distributed_c10d._world
 
     @functools.wraps(destroy)
     def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
         if group is None or group is dist.group.WORLD:
             # Those of another time before have been idle since, and go now.
-            kept[:] = [each for each in known.pg_map if "gloo" in known.pg_backend_config[each]]
+            _kept[:] = [each for each in known.pg_map if "gloo" in known.pg_backend_config[each]]
         destroy(group)
 
     for module in (dist, dist.distributed_c10d):
@@ -44,5 +44,6 @@ def keep_last_groups() -> None:
 
 def let_go() -> None:
     """At a script's end: let in whoever waits for the interpreter's lock, before it is too late."""
-    if "torch.distributed" in sys.modules:
+    c10d = sys.modules.get("torch.distributed.distributed_c10d")
+    if _kept or (c10d is not None and c10d._world.pg_map):
         time.sleep(_LET_GO_S)

@@ -63,17 +63,18 @@ class Patience:
         return f"asked to stop ({why}), and did not in time"
 
     @property
-    def is_giving_up(self) -> bool:
-        """Whether the ranks have been given up."""
-        return self._giving_up is not None
+    def given_up_for(self) -> str | None:
+        """Why the ranks have been given up; None if they have not."""
+        return self._giving_up[0] if self._giving_up else None
 
     def give_up(self, why: str) -> None:
         """Give the ranks a moment to say where they are, and no more."""
         self._giving_up = (why, time.monotonic() + _STACKS_S)
 
-    def last_words(self) -> str | None:
-        """Why the ranks were given up, once they have had the time to say where they are."""
-        return self._giving_up[0] if self._giving_up and time.monotonic() > self._giving_up[1] else None
+    @property
+    def is_over(self) -> bool:
+        """Whether ranks that were given up have had the time to say where they are."""
+        return self._giving_up is not None and time.monotonic() > self._giving_up[1]
 
 
 def unfinished(rank: Rank, why: str) -> Failure:

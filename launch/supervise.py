@@ -170,7 +170,7 @@ class Node:
             output.log(rank.rank, b"")  # also of a rank that will never say a word
         deadline: float | None = None
         while not (self._all_ended() or self._lost or self.ends_now):
-            self._handle_events(timeout_s=0.2 if deadline or self.patience.is_giving_up else 1.0)
+            self._handle_events(timeout_s=0.2 if deadline or self.patience.given_up_for else 1.0)
             self._give_up_when_due()
             if deadline is None and self._some_failed():
                 deadline = time.monotonic() + _LINGER_S
@@ -185,22 +185,22 @@ class Node:
 
     def give_up(self, why: str) -> None:
         """End the ranks that have not ended by themselves: as failed because of ``why``, with their stacks."""
-        if not self.patience.is_giving_up:
+        if self.patience.given_up_for is None:
             self.patience.give_up(why)
             self._signal_own(STACK_SIGNAL)
 
     def _give_up_when_due(self) -> None:
         if (why := self.patience.over()) is not None:
             self.give_up(why)
-        if (why := self.patience.last_words()) is None:
-            return
-        for rank in self._ranks:
-            if rank.ended is None and rank.failure is None:
-                rank.failure = unfinished(rank, why)
-                self._tell_failure(rank)
-        self._end_ranks()
+        if self.patience.is_over:
+            self._end_ranks()
 
     def _end_ranks(self) -> None:
+        if (why := self.patience.given_up_for) is not None:
+            for rank in self._ranks:
+                if rank.ended is None and rank.failure is None:
+                    rank.failure = unfinished(rank, why)
+                    self._tell_failure(rank)
         self._signal_all(signal.SIGKILL)
         for rank in self._ranks:
             rank.was_ended = rank.was_ended or rank.ended is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 
 from examples.finetune.pretrain import pretrain
 from tests.examples.starting import EXAMPLES, killed_in_save, script, tree
+from tests.ports import free_port
 from tests.resume.runs import Tree, assert_same_end, events, metrics, start, to_the_end
 
 SEGMENTATION = (
@@ -136,13 +136,10 @@ def test_language_model(tmp_path: Path, spread: tuple[str, ...]) -> None:
 @pytest.mark.slow
 def test_before_and_after_print_the_same_losses(tmp_path: Path) -> None:
     folder = EXAMPLES / "before_after"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     before = subprocess.run(
         [sys.executable, folder / "before.py", "2"],
         cwd=tmp_path,
-        env=os.environ | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=100,

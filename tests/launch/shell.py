@@ -84,7 +84,7 @@ class Shell:
                     continue
         return found
 
-    def assert_nothing_left(self, within_s: float = 5.0) -> None:
+    def assert_nothing_left(self, within_s: float = 30.0) -> None:
         deadline = time.monotonic() + within_s
         while left := self.survivors():
             if time.monotonic() > deadline:

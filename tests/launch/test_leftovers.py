@@ -91,7 +91,7 @@ def test_nothing_is_left(shell: Shell, temporary: Path, launcher: str, end: str)
     done = finish(child)
     if end in ("done", "raise", "kill ranks"):
         assert done.returncode == (0 if end == "done" else 1), done.stderr
-    shell.assert_nothing_left(within_s=6)  # torch's keeper of shared memory waits 2 s before it ends
+    shell.assert_nothing_left()
     assert not [name for name in names if os.path.exists(f"/dev/shm/{name}")]
     # A cache of torch's is meant to stay.
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]

@@ -116,7 +116,7 @@ def test_the_warning_to_every_process_of_the_step_is_one_stop(shell: Shell, star
     # Time limit or not: SIGTERM alone could be anybody's.
     assert step.asked_for("requeue 7") == (stopped["reason"] == "SIGUSR2")
     assert _codes(step.start(restarts=1)) == [0, 0]
-    assert _saw_each_sample_once_an_epoch(step, epochs=20)
+    assert _saw_each_sample_once_an_epoch(step, epochs=40)
 
 
 def test_a_job_that_is_warned_comes_back_until_it_gets_nowhere(shell: Shell) -> None:
@@ -149,14 +149,16 @@ def test_a_stop_that_is_nobody_s_but_the_user_s_is_no_requeue(shell: Shell) -> N
 
 def test_a_job_with_a_stuck_rank_comes_back_from_its_last_checkpoint(shell: Shell) -> None:
     step = Step(shell, **_config(workers=0, step="tests.toy:slow_step", epochs=200))
-    ends = time.time() + 35
+    ends = time.time() + 50
     step.state.write_text(RUNNING.replace("Unknown", time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(ends))))
     ranks = step.start(SLURM_JOB_END_TIME=str(int(ends)))
-    wait_for(lambda: step.steps() > 2, "steps")
+    wait_for(lambda: step.steps() > 2 and step.events("saved"), "a save")
     ranks[1].send_signal(signal.SIGSTOP)
-    wait_for(lambda: step.asked_for("requeue 7"), "the requeue", within_s=60)
+    wait_for(lambda: step.asked_for("requeue 7"), "the requeue", within_s=90)
     [requeued] = step.events("requeued")
-    assert requeued["reason"] == "time limit" and requeued["step"] == step.events("saved")[-1]["step"]
+    # Not the newest event: a save that the rank was stopped in may be complete without anybody having told of it.
+    newest = max(int(path.name.partition("-")[2]) for path in (shell.cwd / "run/checkpoints").glob("step-*"))
+    assert requeued["reason"] == "time limit" and requeued["step"] == newest > 0
     for rank in ranks:
         rank.kill()
     first, _ = (finish(rank) for rank in ranks)

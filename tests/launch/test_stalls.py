@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from tests.launch.shell import Shell, finish, wait_for
+from tests.ports import free_port
 
 STEPS = """
 import os, signal, sys, threading, time, torch, ddpkit
@@ -25,6 +26,10 @@ def get_stuck():
     lock.acquire()
     lock.acquire()  # for ever
 
+# The imports of ranks that no launcher has started may be further apart than what is a stall.
+open(f"here-{os.environ['RANK']}", "w").close()
+while not all(os.path.exists(f"here-{rank}") for rank in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.01)
 with ddpkit.runtime(stall_timeout_s=10 if what == "alone" else 3, timeout_s=300) as rt:
     if what == "slow":
         with rt.main_first():
@@ -130,9 +135,12 @@ def test_work_that_others_wait_for_is_no_stall(shell: Shell, what: str) -> None:
 def test_without_a_launcher_a_dead_locked_rank_ends_too(shell: Shell) -> None:
     # As under srun, where nobody ends the others: rank 0 serves the store, and finds the stall.
     shell.script("steps.py", STEPS)
-    with socket.create_server(("127.0.0.1", 0)) as chosen:
-        port = str(chosen.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": "0"}
+    world = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     ranks = []
     for rank in ("0", "1"):
         env = world | {"RANK": rank, "LOCAL_RANK": rank}
@@ -147,7 +155,7 @@ def test_without_a_launcher_a_dead_locked_rank_ends_too(shell: Shell) -> None:
 def test_a_suspended_job_goes_on_as_if_nothing_had_happened(shell: Shell) -> None:
     shell.config(
         launch={"nproc_per_node": 2, "stall_timeout_s": 5.0},
-        train={"step": "tests.toy:slow_step", "eval_step": "tests.toy:eval_step", "epochs": 30},
+        train={"step": "tests.toy:slow_step", "eval_step": "tests.toy:eval_step", "epochs": 60},
     )
     child = shell.start("run", "config.yaml", stderr=subprocess.STDOUT)
     wait_for(lambda: (shell.cwd / "run/metrics.jsonl").exists(), "steps")

@@ -16,7 +16,8 @@ import pytest
 
 import launch
 from launch.calls import RankError
-from tests.launch.shell import Shell, finish, wait_for
+from tests.launch.shell import HANG_S, Shell, finish, wait_for
+from tests.ports import free_port
 
 Done: TypeAlias = "subprocess.CompletedProcess[str]"
 
@@ -230,14 +231,9 @@ def test_a_function_that_fails_keeps_its_type() -> None:
 # ---------------------------------------------------------------------- several machines: several launchers
 
 
-def _port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 def _launchers(shell: Shell, *arguments: str, ranks: tuple[int, ...] = (2, 2), nnodes: str = "2") -> list[Done]:
     """One launcher for each machine, all on this one, on the same run directory; how they end."""
-    meet = ("--nnodes", nnodes, "-o", f"launch.rdzv_endpoint=127.0.0.1:{_port()}", "--run-dir", "kept")
+    meet = ("--nnodes", nnodes, "-o", f"launch.rdzv_endpoint=127.0.0.1:{free_port()}", "--run-dir", "kept")
     command = ("launch", "--launcher", "torchrun", *meet)
     children = [shell.start(*command, "--nproc-per-node", str(nproc), *arguments) for nproc in ranks]
     return [finish(child) for child in children]
@@ -271,7 +267,7 @@ if sys.argv[1] == "soon":
     while not all(os.path.exists(f"here-{other}") for other in range(4)): time.sleep(0.001)
     if rank != "3":
         while not os.path.exists("raising"): time.sleep(0.001)
-        time.sleep(0.4)  # later than it may take rank 3 to go on by a line
+        time.sleep(1.0)  # later than it may take rank 3 to go on by a line
     open("raising", "w").close()
     raise RuntimeError(f"of rank {rank}")
 time.sleep(1000)
@@ -318,24 +314,26 @@ from tests.toy import step as quick_step
 
 def step(model, batch):
     if not os.path.exists("run/logs/attempt-2"):
-        time.sleep(0.05)  # there is time for a second machine to come
+        time.sleep(0.2)  # there is time for a second machine to come
     return quick_step(model, batch)
 """
 
 
 @pytest.mark.slow
 def test_machines_come_and_go(shell: Shell) -> None:
-    meet = {"nnodes": "1:2", "rdzv_endpoint": f"127.0.0.1:{_port()}", "max_restarts": 1}
+    meet = {"nnodes": "1:2", "rdzv_endpoint": f"127.0.0.1:{free_port()}", "max_restarts": 1}
     sections = LONG | {"launch": {"launcher": "torchrun", "nproc_per_node": 1} | meet}
     shell.script("steps.py", UNTIL_THEY_HAVE_GONE)
     shell.config(**sections | {"train": {"step": "steps:step", "max_steps": 600}})
     first = shell.start("run", "config.yaml")
-    wait_for(lambda: _steps(shell) > 0 or first.poll() is not None, "steps of one machine", 60)
+    wait_for(lambda: _steps(shell) > 0 or first.poll() is not None, "steps of one machine", HANG_S)
     second = shell.start("run", "config.yaml")
     # The ranks agree on a stop, save, and go on as two.
-    wait_for(lambda: (shell.cwd / "run/logs/attempt-1").exists() or first.poll() is not None, "the second machine", 60)
+    wait_for(
+        lambda: (shell.cwd / "run/logs/attempt-1").exists() or first.poll() is not None, "the second machine", HANG_S
+    )
     before = _steps(shell)
-    wait_for(lambda: _steps(shell) > before + 1 or first.poll() is not None, "steps of two machines", 60)
+    wait_for(lambda: _steps(shell) > before + 1 or first.poll() is not None, "steps of two machines", HANG_S)
     second.kill()
     done = finish(first)
     assert done.returncode == 0, done.stderr
@@ -363,13 +361,16 @@ def _values(run_dir: Path) -> list[Any]:
 def test_inline_ranks_of_an_external_torchrun(shell: Shell) -> None:
     shell.config()
     inline = ("run", "config.yaml", "--launcher", "inline")
-    done = shell.run(prefix=_external(*inline, "-o", "train.epochs=2"))
+    # Sums differ by the number of threads, and torchrun gives each rank one.
+    one = {"OMP_NUM_THREADS": "1"}
+    done = shell.run(prefix=_external(*inline, "-o", "train.epochs=2"), env=one)
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (shell.cwd / "run/attempts").iterdir()] == ["attempt-0.json"]
     assert _json(shell.cwd / "run/attempts/attempt-0.json")["ranks"] == 2
     # Half of it, and the other half under our own launcher: the same bits.
-    half = shell.run(prefix=_external(*inline, "-o", "train.epochs=1", "-o", "run_dir=other"))
+    half = shell.run(prefix=_external(*inline, "-o", "train.epochs=1", "-o", "run_dir=other"), env=one)
     assert half.returncode == 0, half.stderr
-    done = shell.run("run", "config.yaml", "-o", "train.epochs=2", "-o", "run_dir=other", "--launcher", "torchrun")
+    ours = ("run", "config.yaml", "-o", "train.epochs=2", "-o", "run_dir=other", "--launcher", "torchrun")
+    done = shell.run(*ours, env=one)
     assert done.returncode == 0, done.stderr
     assert _values(shell.cwd / "other") == _values(shell.cwd / "run")

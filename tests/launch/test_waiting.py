@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ddpkit import rendezvous
 from tests.launch.shell import Shell, finish, wait_for
+from tests.ports import free_port
 
 SCRIPT = """
 import ddpkit
@@ -22,13 +22,12 @@ with ddpkit.runtime(stall_timeout_s={stall_s}, timeout_s=120):
 
 def _alone(shell: Shell, rank: int, stall_s: float) -> subprocess.Popen[bytes]:
     """One rank of two, once it waits for the other."""
-    with rendezvous.listen() as listener:
-        port = listener.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     who = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
     child = shell.start(
         shell.script("script.py", SCRIPT.format(stall_s=stall_s)),
         prefix=(sys.executable,),
-        env={name: str(value) for name, value in who.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        env={name: str(value) for name, value in who.items()} | meeting,
     )
     wait_for(lambda: _handles(child.pid, signal.SIGTERM), "the beginning of the wait")
     return child

@@ -14,6 +14,7 @@ from ddpkit import rendezvous
 from ddpkit.errors import UserError
 from ddpkit.testing import run_ranks
 from ddpkit.world import World
+from tests.ports import free_port
 
 
 def _mpi(job: str, rank: int, size: int, local_rank: int, local_size: int) -> dict[str, str]:
@@ -83,8 +84,4 @@ def _three_times(port: int | None) -> list[float]:
 
 @pytest.mark.parametrize("chosen", [False, True], ids=["derived", "chosen"])
 def test_a_store_of_rank_zeros_is_gone_before_the_next_runtime(chosen: bool) -> None:
-    port = None
-    if chosen:
-        with rendezvous.listen() as listener:
-            port = listener.getsockname()[1]
-    assert run_ranks(_three_times, 3, port) == [[1.0] * 3] * 3
+    assert run_ranks(_three_times, 3, free_port() if chosen else None) == [[1.0] * 3] * 3

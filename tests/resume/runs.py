@@ -84,19 +84,26 @@ def _as_rank(config: Tree, attempt: int, env: dict[str, str], keep_going: bool) 
     return "done"
 
 
-def start(config: Tree, ranks: int, env: dict[str, str] | None = None, attempt: int = 0, errors: bool = False) -> str:
+def start(
+    config: Tree,
+    ranks: int,
+    env: dict[str, str] | None = None,
+    attempt: int = 0,
+    errors: bool = False,
+    timeout_s: float = 110,
+) -> str:
     """Start ranks and let them run to whatever end; says which: "done", a stop's reason, or "killed".
 
     With ``errors`` ddpkit's own errors count as ends too, the same on every rank; otherwise they are raised.
     """
     try:
-        ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors, timeout_s=110)
-    except (RankDied, RankFailed, ConnectionError) as error:
+        ends = run_ranks(_as_rank, ranks, config, attempt, env or {}, errors, timeout_s=timeout_s)
+    except (RankDied, RankFailed, ConnectionError, EOFError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)  # for a test that has meant no such thing
         return "killed"
     except RuntimeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        if not any(sign in str(error) for sign in ("onnection", "peer", "gloo", "DataLoader worker")):
+        if not any(sign in str(error) for sign in ("onnection", "peer", "gloo", "DataLoader worker", "ancdata")):
             raise
         return "killed"  # the first to speak was a neighbour in a collective, or the rank of a worker
     assert len(set(ends)) == 1, ends
@@ -145,8 +152,7 @@ def started(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subp
     try:
         yield process
         process.wait(100)
-        _, alive = psutil.wait_procs(marked(mark), timeout=30)
-        assert not alive, alive
+        until(lambda: not marked(mark), 30)
     finally:
         process.kill()
         for one in marked(mark):

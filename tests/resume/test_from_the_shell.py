@@ -68,7 +68,7 @@ def test_whatever_is_killed_the_same_command_at_once_goes_on(tmp_path: Path) -> 
     # The launcher was killed twice; otherwise it told of a failure. Of how many is not fixed: workers fetch ahead and
     # saves go on beside training, so that two accidents may fall into one attempt.
     assert codes.count(-signal.SIGKILL) == 2 and set(codes[:-1]) == {-signal.SIGKILL, 1}
-    assert not psutil.wait_procs(marked(mark), timeout=30)[1]
+    until(lambda: not marked(mark), 30)
     assert_same_end(tmp_path / "run", tmp_path / "reference")
     attempts = [json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "attempts").iterdir())]
     assert [attempt.get("exit_code") for attempt in attempts] == [code if code >= 0 else None for code in codes]

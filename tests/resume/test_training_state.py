@@ -272,12 +272,13 @@ def large_step(model: nn.Module, batch: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_compiled_model_trains_as_the_other_and_its_faults_are_found(tmp_path: Path) -> None:
     model = {"factory": f"{HERE}:tripping_model", "args": {}}
     losses = []
     for name, compiled in (("eager", False), ("compiled", {"mode": "default"})):
         config = planted_tree(tmp_path / name, [40], model=model | {"compile": compiled}, log_every=1)
-        end = start(config, 1, errors=True)
+        end = start(config, 1, errors=True, timeout_s=180)  # the first compilation on a machine takes long
         assert end.startswith("NotFinite: step 6 cannot be taken: the loss is nan on rank 0, in pass 1 of 4"), end
         assert "it appeared first in the forward pass of 1 (Trip)" in end
         losses.append([line["loss"] for line in metrics(tmp_path / name) if line["kind"] == "train"])

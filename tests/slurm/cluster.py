@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import secrets
 import shutil
 import socket
@@ -22,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
+
+from tests.ports import free_ports
 
 NODES = ("n1", "n2", "n3", "n4")
 ENDED = frozenset(
@@ -55,7 +56,7 @@ SchedulerParameters=bf_interval=1,sched_interval=2
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=20
 MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
@@ -66,7 +67,7 @@ SlurmdPidFile={directory}/%n.pid
 SlurmdLogFile={directory}/steps-%n.log
 {nodes}
 PartitionName=low PriorityTier=1 GraceTime=20 Default=YES MaxTime=60 Nodes=ALL
-PartitionName=hasty PriorityTier=1 GraceTime=5 MaxTime=60 Nodes=ALL
+PartitionName=hasty PriorityTier=1 GraceTime=10 MaxTime=60 Nodes=ALL
 PartitionName=high PriorityTier=10 PreemptMode=OFF MaxTime=60 Nodes=ALL
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000"
@@ -98,7 +99,7 @@ class Job:
 class Cluster:
     """A running cluster, from entering to leaving the context.
 
-    The partition ``low`` is preempted by ``high`` with 20 s of grace, ``hasty`` with 5 s. What Slurm makes of it is
+    The partition ``low`` is preempted by ``high`` with 20 s of grace, ``hasty`` with 10 s. What Slurm makes of it is
     longer by up to 8 s. An allocation shares its nodes unless it asks for ``--exclusive``.
     """
 
@@ -379,20 +380,3 @@ def tail(path: Path, lines: int = 20) -> str:
     if not path.exists():
         return f"(no {path})"
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
-
-
-def free_ports(count: int) -> list[int]:
-    """Choose ports that no one listens on.
-
-    They lie below those that the kernel gives to connections, or one could take the port of a stopped node.
-    """
-    chooser = random.Random()  # not the global one: a test may have seeded it
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            port = chooser.randrange(10_000, 30_000)
-            listener = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):  # in use
-                listener.bind(("", port))
-                ports.append(port)
-        return ports

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_ports
 from tests.slurm import cluster as cluster_module
 from tests.slurm.cluster import NODES, Cluster, alive
 
@@ -136,7 +137,7 @@ def test_nothing_is_left_of_a_cluster(cluster: Cluster) -> None:
 
 def test_a_daemon_that_cannot_start(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> None:
     with socket.create_server(("", 0)) as taken:
-        ports = [taken.getsockname()[1], *cluster_module.free_ports(len(NODES))]
+        ports = [taken.getsockname()[1], *free_ports(len(NODES))]
         monkeypatch.setattr(cluster_module, "free_ports", lambda count: ports)
         other = Cluster()
         with pytest.raises(RuntimeError, match=r"(?s)slurmctld exited with 1:.*Address already in use"), other:

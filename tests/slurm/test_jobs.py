@@ -42,7 +42,9 @@ def _train(cluster: Cluster, *homes: Home, restarts: int = 0) -> None:
 
 
 def _kinds(home: Home, *skipped: str) -> list[str]:
-    return [event["event"] for event in events(home.run_dir) if event["event"] not in ("saved", *skipped)]
+    return [
+        event["event"] for event in events(home.run_dir) if event["event"] not in ("saved", "save_delayed", *skipped)
+    ]
 
 
 def test_every_shape_gives_the_bits_of_local_ranks(cluster: Cluster, reference: Path) -> None:
@@ -71,7 +73,7 @@ def test_preempted_twice_in_a_row(cluster: Cluster, reference: Path) -> None:
     slow = Mishap(slow_starts=2)
     spawned = {"data__train__args": {"length": LENGTH, "context": "spawn"}, "data__loader__num_workers": 1}
     low = Home.made(cluster, "preempted-after-20-s", slow, data__loader__num_workers=2)
-    hasty = Home.made(cluster, "preempted-after-5-s", slow, launch__slurm={"partition": "hasty"}, **spawned)
+    hasty = Home.made(cluster, "preempted-after-10-s", slow, launch__slurm={"partition": "hasty"}, **spawned)
     jobs = {home: home.submit() for home in (low, hasty)}
     for restarts in (0, 1):
         _train(cluster, low, hasty, restarts=restarts)
@@ -97,7 +99,9 @@ def test_preempted_twice_in_a_row(cluster: Cluster, reference: Path) -> None:
 def test_the_time_limit(cluster: Cluster, reference: Path) -> None:
     """A job of a minute comes back until it is done; also if a rank is stuck, but not if it gets nowhere."""
     slow = Home.made(cluster, "slow", Mishap(slow_starts=2, pace_s=1.5), launch__slurm=A_MINUTE)
-    stuck = Home.made(cluster, "stuck", Mishap(do="stick", rank=3, at=10), launch__slurm=A_MINUTE)
+    # Which gets stuck before the warning, however long three jobs take to start at once.
+    two_minutes = {"timeout_min": 2}
+    stuck = Home.made(cluster, "stuck", Mishap(do="stick", rank=3, at=10), launch__slurm=two_minutes)
     idle = Home.made(
         cluster,
         "idle",
@@ -234,7 +238,8 @@ def test_a_node_set_down(cluster: Cluster, reference: Path) -> None:
         ended = wait_for_end(cluster, job)
         assert (ended.state, ended.restarts) == ("COMPLETED", 1), home.log()
         home.assert_done_like(reference)
-        assert events(home.run_dir, "requeued") == []  # Slurm has done it already
+        # Slurm has done it already, or our launcher was faster than the word that the node is down.
+        assert {event["reason"] for event in events(home.run_dir, "requeued")} <= {"node lost"}
     assert_nothing_left(cluster)
 
 
@@ -368,7 +373,7 @@ model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
 for step in range(20):
     if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
         open("plain-begun", "w").close()
-        time.sleep(1)
+        time.sleep(3)
     model(torch.full((2, 4), float(dist.get_rank()))).sum().backward()
 if dist.get_rank() == 0:
     print("sum", model.module.weight.grad.sum().item(), "of", dist.get_world_size(), flush=True)
@@ -393,7 +398,7 @@ def test_scripts_of_ones_own_are_preempted(cluster: Cluster) -> None:
     own = submit("own", "own.py", "there", "0.5")
     plain = submit("plain", "plain.py")
     steps = home.cwd / "there/metrics.jsonl"
-    cluster.wait_until(lambda: steps.exists() and (home.cwd / "plain-begun").exists(), "both have begun")
+    cluster.wait_until(lambda: steps.exists() and (home.cwd / "plain-begun").exists(), "both have begun", 120)
     cluster.wait_for(cluster.submit(NOTHING, *HIGH), "COMPLETED", timeout=90)
     for job in (own, plain):
         ended = wait_for_end(cluster, job)

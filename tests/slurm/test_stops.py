@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, tail
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 600
+STEPS = 240
 SCRIPT = f"""
 import os, time, torch, ddpkit
 

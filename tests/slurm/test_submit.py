@@ -159,10 +159,9 @@ def test_following_a_job_through_a_requeue_shows_all_that_it_writes(cluster: Clu
     lines = shown.read_text().splitlines()
     said = [line.partition(" (")[0] for line in lines if line.startswith("ddpkit: job")]
     again = f"ddpkit: job {number} is requeued, and waits to start again"
-    assert [line for line in dict.fromkeys(said) if "to start" in line] == [
-        f"ddpkit: job {number} waits to start",
-        again,
-    ]
+    waits = [line for line in dict.fromkeys(said) if "to start" in line]
+    # The first look may find it running.
+    assert waits[-1:] == [again] and waits[:-1] in ([], [f"ddpkit: job {number} waits to start"])
     assert said[-1] == f"ddpkit: job {number}: stopped on request, state saved; submit it again to continue"
     for line in ("start 0", "error 0", "start 1", "error 1", "é" * 100000):
         assert lines.count(line) == 1, line
