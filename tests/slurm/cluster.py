@@ -165,7 +165,7 @@ class Cluster:
             output=Path(fields["StdOut"]),
         )
 
-    def wait_for(self, job_id: int, *states: str, restarts: int = 0, timeout: float = 60) -> Job:
+    def wait_for(self, job_id: int, *states: str, restarts: int = 0, timeout: float = 120) -> Job:
         """Wait until a job that was restarted ``restarts`` times or more is in one of ``states``.
 
         Raises TimeoutError after ``timeout`` seconds, or as soon as the job has ended otherwise, with its output.
@@ -182,7 +182,7 @@ class Cluster:
                 )
             time.sleep(POLL_S)
 
-    def wait_for_restart(self, job_id: int, restarts: int = 1, timeout: float = 60) -> Job:
+    def wait_for_restart(self, job_id: int, restarts: int = 1, timeout: float = 120) -> Job:
         """Wait until a job that was requeued has started again; make Slurm start it sooner than it would by itself."""
         started = ("RUNNING", "COMPLETED")
         job = self.wait_for(job_id, "PENDING", *started, restarts=restarts, timeout=timeout)
@@ -203,7 +203,7 @@ class Cluster:
                 self.start_node(name)
         self.wait_until(self._idle_without_jobs, "no job is left and all nodes are idle")
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
         """Wait until ``condition`` holds; raise, with what the daemons logged, when one ends or on the timeout."""
         deadline = time.monotonic() + timeout
         while not condition():

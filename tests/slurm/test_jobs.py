@@ -78,7 +78,7 @@ def test_preempted_twice_in_a_row(cluster: Cluster, reference: Path) -> None:
     for restarts in (0, 1):
         _train(cluster, low, hasty, restarts=restarts)
         other = cluster.submit(NOTHING, *HIGH)
-        cluster.wait_for(other, "COMPLETED", timeout=90)
+        cluster.wait_for(other, "COMPLETED", timeout=150)
         for job in jobs.values():
             cluster.wait_for_restart(job, restarts + 1)
     for home, job in jobs.items():
@@ -399,7 +399,7 @@ def test_scripts_of_ones_own_are_preempted(cluster: Cluster) -> None:
     plain = submit("plain", "plain.py")
     steps = home.cwd / "there/metrics.jsonl"
     cluster.wait_until(lambda: steps.exists() and (home.cwd / "plain-begun").exists(), "both have begun", 120)
-    cluster.wait_for(cluster.submit(NOTHING, *HIGH), "COMPLETED", timeout=90)
+    cluster.wait_for(cluster.submit(NOTHING, *HIGH), "COMPLETED", timeout=150)
     for job in (own, plain):
         ended = wait_for_end(cluster, job)
         assert (ended.state, ended.restarts) == ("COMPLETED", 1)

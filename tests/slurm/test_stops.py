@@ -59,7 +59,7 @@ class Job:
     def comes_back_and_ends(self, timeout: float) -> None:
         """Wait for one restart and the end; every sample was used once in each epoch, over both starts."""
         again = self._cluster.wait_for_restart(self.id, timeout=timeout)
-        ended = self._cluster.wait_for(self.id, "COMPLETED", restarts=1, timeout=60)
+        ended = self._cluster.wait_for(self.id, "COMPLETED", restarts=1, timeout=120)
         assert ended.restarts == 1, tail(again.output)
         assert len(self.events("requeued")) == len(self.events("stopped")) == len(self.events("finished")) == 1
         assert self.events("requeued")[0]["step"] == self.events("restored")[0]["step"] > 0
@@ -82,7 +82,7 @@ def test_a_preempted_job_saves_and_comes_back(cluster: Cluster) -> None:
     cluster.wait_until(lambda: any(cluster.work.glob("preempted-ledger-0-0")), tail(job_log))
     other = cluster.submit("#!/bin/bash\nsleep 1\n", "--partition=high", "--nodes=4", "--exclusive")
     cluster.wait_for(other, "COMPLETED")
-    job.comes_back_and_ends(timeout=90)
+    job.comes_back_and_ends(timeout=120)
     [stopped] = job.events("stopped")
     assert stopped["reason"] == "SIGTERM"
     assert job.events("requeued")[0]["reason"] == "preempted"
