@@ -186,7 +186,9 @@ _END = object()
 
 
 class Fetcher:
-    """The DataLoader and its workers, from entering the context to leaving it.
+    """The DataLoader and its workers; where it has none to start and nothing to pin, what it would do, without it.
+
+    For a pass of one sample its own bookkeeping takes as long as fetching and collating it.
 
     Args:
         dataset: a `SeededDataset` or a `SeededStream`.
@@ -204,31 +206,40 @@ class Fetcher:
         seed: int,
         while_waiting: Callable[[], None],
     ) -> None:
+        self._has_workers = options.num_workers > 0
+        self._while_waiting = while_waiting
+        self._workers: list[BaseProcess] = []
+        self._iterator: Any = None
+        self._dataset = dataset
+        self._fetches = fetches
+        self._loader: DataLoader[Any] | None = None
+        if self._has_workers or options.pin_memory:
+            self._loader = self._dataloader(options, seed)
+
+    def _dataloader(self, options: LoaderOptions, seed: int) -> DataLoader[Any]:
         workers: dict[str, Any] = {}
         if options.num_workers:
             # For workers' sockets: made here, or each makes a directory of its own, and leaves it when it is ended.
             multiprocessing.util.get_temp_dir()
             workers = {
                 "prefetch_factor": options.prefetch_factor,
-                "persistent_workers": options.persistent_workers and fetches is not None,
+                "persistent_workers": options.persistent_workers and self._fetches is not None,
                 "worker_init_fn": _WorkerStart(os.getpid(), options.worker_init_fn),
             }
-        self._loader: DataLoader[Any] = DataLoader(
-            dataset,
+        return DataLoader(
+            self._dataset,
             batch_size=None,  # a pass comes as a whole
-            sampler=fetches,
+            sampler=self._fetches,
             num_workers=options.num_workers,
             pin_memory=options.pin_memory,
             collate_fn=_as_it_is,
             generator=torch.Generator().manual_seed(derive(seed, "workers")),
             **workers,
         )
-        self._has_workers = options.num_workers > 0
-        self._while_waiting = while_waiting
-        self._workers: list[BaseProcess] = []
-        self._iterator: Any = None
 
     def __iter__(self) -> Iterator[tuple[Pass, Any]]:
+        if self._loader is None:
+            return self._here()
         if not self._has_workers:
             return iter(self._loader)
         # Not by the DataLoader's own option: persistent workers that are late for a new epoch would be an error.
@@ -240,6 +251,12 @@ class Fetcher:
         self._workers += [child for child in multiprocessing.active_children() if child not in before]
         self._iterator._timeout = _LOOK_S
         return self._patiently(self._iterator)
+
+    def _here(self) -> Iterator[tuple[Pass, Any]]:
+        if isinstance(self._dataset, SeededStream):
+            return iter(self._dataset)
+        assert self._fetches is not None  # a map-style dataset is told what to fetch
+        return map(self._dataset.__getitem__, self._fetches)
 
     def _patiently(self, iterator: Iterator[tuple[Pass, Any]]) -> Iterator[tuple[Pass, Any]]:
         while True:

@@ -174,6 +174,7 @@ def _loads(repeats: int) -> list[Row]:
 
 
 def _restore(run_dir: str) -> dict[str, float]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as `ddpkit launch` has it for a rank that is alone
     model, optimizer = _fresh()
     # One file holds all but some bytes of it, and one core hashes it.
     newest = max(Path(run_dir).glob("checkpoints/step-*"))
@@ -190,6 +191,7 @@ def _restore(run_dir: str) -> dict[str, float]:
 
 
 def _restore_by_torch(path: str) -> dict[str, float]:
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model, optimizer = _fresh()
     begun = time.perf_counter()
     loaded = torch.load(path, mmap=True, weights_only=True)
