@@ -63,15 +63,21 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, fetch: Fetch) -> tuple[Pass, Any]:
         """Fetch and collate one pass."""
+        try:
+            return fetch.part, self._batch(fetch)
+        except StopIteration as error:
+            raise RuntimeError("StopIteration in a fetch, which would look like the end of the epoch") from error
+
+    def _batch(self, fetch: Fetch) -> Any:
         if self._has_rows:
             with suppress(TypeError, IndexError):  # to be answered in the dataset's own words, below
                 batch = rows(self._dataset, fetch.items)
-                return fetch.part, batch if fetch.part.size else [tensor[:0] for tensor in batch]
+                return batch if fetch.part.size else [tensor[:0] for tensor in batch]
         if get_worker_info() is not None:  # where the generators serve nothing else
-            return fetch.part, self._seeded(fetch)
+            return self._seeded(fetch)
         before = self._generators.state()  # here they are the step's as well
         try:
-            return fetch.part, self._seeded(fetch)
+            return self._seeded(fetch)
         finally:
             self._generators.restore(before)
 

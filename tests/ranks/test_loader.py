@@ -218,3 +218,24 @@ def dying_worker() -> None:
 def test_the_death_of_a_worker_ends_the_run() -> None:
     with pytest.raises(RuntimeError, match="DataLoader worker"):
         run_ranks(dying_worker, 2, timeout_s=30)
+
+
+class Searching(Numbers):
+    def __getitem__(self, index: int) -> int:
+        return next(each for each in range(self.length) if each == index != 7)
+
+
+def first_of(batch: list[int]) -> int:
+    return next(number for number in batch if number != 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("place", ["dataset", "collate_fn"])
+def test_a_fetch_that_runs_out_of_something_does_not_end_the_epoch(place: str, workers: int) -> None:
+    collate_fn = None if place == "dataset" else first_of
+    data = Searching(20) if place == "dataset" else Numbers(20)
+    with ddpkit.runtime() as rt:
+        loader = rt.loader(data, global_batch_size=1, num_workers=workers, collate_fn=collate_fn)
+        with pytest.raises(RuntimeError, match="StopIteration in a fetch, which would look like the end of the epoch"):
+            for _ in loader:
+                pass
