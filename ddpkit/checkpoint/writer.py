@@ -176,7 +176,7 @@ def _pieces(tensor: Tensor, entry: Entry) -> list[_Piece]:
 
 
 def _fill(file: FileIO, pieces: list[_Piece]) -> None:
-    """Read each piece, in threads: taking the memory from the kernel costs more than reading, and one core does 2 GB/s.
+    """Read each piece, in threads: taking the memory from the kernel costs several times as much as reading.
 
     Raises OSError; ValueError if the file ends early.
     """

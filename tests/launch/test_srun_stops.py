@@ -82,7 +82,7 @@ def _config(dataset: str = "tests.toy:dataset", workers: int = 1, **train: Any) 
             "global_batch_size": 16,
             "loader": {"num_workers": workers},
         },
-        "train": {"step": "tests.toy:ledger_step", "epochs": 20} | train,
+        "train": {"step": "tests.toy:ledger_step", "epochs": 40} | train,
         "log_every": 1,
         "checkpoint": {"every_steps": 2},
         "launch": {"backend": "gloo"},
