@@ -134,10 +134,12 @@ class _NumPy:
 
     def _find(self) -> None:
         """The memory of the present generator; the user may have put another one in its place."""
-        self._bits = _get_bit_generator()
+        self._bits = self._memory = None  # an interrupt in here may not leave the memory of one that is gone
+        bits = _get_bit_generator()
         twister, store = _numpy_state()
         self._store = _memory(_address_of_store(), store)
-        self._memory = _memory(self._bits.ctypes.state_address, twister) if self._store is not None else None
+        self._memory = _memory(bits.ctypes.state_address, twister) if self._store is not None else None
+        self._bits = bits
 
 
 _STORE = struct.Struct("ixxxxd")  # whether there is one, then the deviate, as the C structure has them

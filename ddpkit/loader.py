@@ -400,7 +400,7 @@ class _Iteration(Iterator[Any]):
 
 
 class _Fetches:
-    """What the DataLoader's sampler is: iterated anew for each epoch, from where the loader then stands."""
+    """What is to be fetched: iterated anew for each epoch, from where the loader then stands."""
 
     def __init__(self, loader: Loader, plan: Plan) -> None:
         self._loader = loader

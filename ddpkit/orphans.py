@@ -82,7 +82,7 @@ def _members(session: int, mark: str) -> Iterator[int]:
                     yield int(entry.name)
 
 
-TIDY_S = 8.0
+TIDY_S = 6.0
 """How long those that `tidies_up` are given, once the others have gone.
 
 torch's waits 2 s for others to come, and a busy machine takes longer.

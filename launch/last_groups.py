@@ -17,7 +17,6 @@ import time
 from typing import Any
 
 _LET_GO_S = 0.1  # for threads that wait for the lock: they are let in after 5 ms, if there is a core for them
-_kept: list[Any] = []  # for as long as the process lives, as torch's own list of groups
 
 
 def keep_last_groups() -> None:
@@ -29,13 +28,14 @@ def keep_last_groups() -> None:
         return
     import torch.distributed as dist
 
-    destroy, known = dist.destroy_process_group, dist.distributed_c10d._world
+    destroy, kept = dist.destroy_process_group, list[Any]()
+    known = dist.distributed_c10d._world
 
     @functools.wraps(destroy)
     def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
         if group is None or group is dist.group.WORLD:
             # Those of another time before have been idle since, and go now.
-            _kept[:] = [each for each in known.pg_map if "gloo" in known.pg_backend_config[each]]
+            kept[:] = [each for each in known.pg_map if "gloo" in known.pg_backend_config[each]]
         destroy(group)
 
     for module in (dist, dist.distributed_c10d):
@@ -44,6 +44,5 @@ def keep_last_groups() -> None:
 
 def let_go() -> None:
     """At a script's end: let in whoever waits for the interpreter's lock, before it is too late."""
-    c10d = sys.modules.get("torch.distributed.distributed_c10d")
-    if _kept or (c10d is not None and c10d._world.pg_map):
+    if "torch.distributed" in sys.modules:
         time.sleep(_LET_GO_S)

@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ddpkit import rendezvous
+from ddpkit import orphans, rendezvous
 from ddpkit.errors import UserError
 
 from .hub import Peer
@@ -28,7 +28,7 @@ from .supervise import LaunchFailed, Node
 
 _GATHER_S = 600.0  # for the launchers of all nodes to come: prologs and slow file systems hold some up
 _LOOK_S = 1.0  # for the leader at a time; between two looks a stop is seen
-_PART_S = 5.0  # for the followers to end their node processes
+_PART_S = orphans.TIDY_S + 3.0  # for the followers to end their node processes, which tidy up
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,7 @@ class Rank:
         """Forget the attempt before."""
         self.ended, self.reached, self.failure, self.result, self._report = None, set(), None, "", Lines()
         self.left_at, self.stacks, self.was_ended = None, b"", False
+        self.when, self.memory = 0.0, None
 
     def hear(self, data: bytes) -> bool:
         """Take what it has reported; says whether it has told of a failure."""

@@ -38,7 +38,7 @@ from .ranks import Outcome, Place, Rank
 from .requests import Requests
 
 _LINGER_S = 2.0  # after the first failure, for the others to report theirs; then they are ended
-_END_S = 5.0  # for the node process to end everything and itself
+_END_S = orphans.TIDY_S + 2.0  # for the node process to end everything, with time to tidy up, and itself
 _END_NOW_S = 0.5  # the same after a second Ctrl-C; it may be deep in an import
 _PIECE = 1 << 20  # bytes read at a time: all that a pipe holds
 
@@ -174,7 +174,8 @@ class Node:
             self._give_up_when_due()
             if deadline is None and self._some_failed():
                 deadline = time.monotonic() + _LINGER_S
-            if deadline is not None and time.monotonic() > deadline:
+            # Ranks that have been given up are to say where they are, and have a moment for that.
+            if deadline is not None and time.monotonic() > deadline and self.patience.given_up_for is None:
                 # One that lingers after its error delays its neighbours as long; one in a collective never ends.
                 self._end_ranks()
         for rank in self._ranks:

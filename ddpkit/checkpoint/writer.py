@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -182,21 +183,38 @@ def _fill(file: FileIO, pieces: list[_Piece]) -> None:
     """
     threads = min(torch.get_num_threads(), len(pieces))
     if threads < 2 or sum(len(memory) for memory, _ in pieces) <= _PIECE:
-        _fill_in_turn(file, pieces)
+        _fill_in_turn(file, deque(pieces))
         return
+    left = deque(pieces)
     with ThreadPoolExecutor(threads, thread_name_prefix="ddpkit-load") as pool:
-        for done in [pool.submit(_fill_in_turn, file, pieces[first::threads]) for first in range(threads)]:
-            done.result()
+        try:
+            for done in [pool.submit(_fill_in_turn, file, left) for _ in range(threads)]:
+                done.result()
+        finally:
+            left.clear()  # after a Ctrl-C here, they end with the piece that they are at
 
 
-def _fill_in_turn(file: FileIO, pieces: list[_Piece]) -> None:
-    for memory, start in pieces:
-        done = 0
-        while done < len(memory):  # a signal, or a network file system, may cut a read short
-            count = os.preadv(file.fileno(), [memory[done:]], start + done)
-            if not count:
-                raise ValueError(f"its end, {len(memory) - done} bytes early")
-            done += count
+def _fill_in_turn(file: FileIO, left: deque[_Piece]) -> None:
+    """Read pieces as long as there are some. After an error there are none, for other threads too."""
+    while True:
+        try:
+            memory, start = left.popleft()
+        except IndexError:
+            return
+        try:
+            _read(file, memory, start)
+        except BaseException:
+            left.clear()
+            raise
+
+
+def _read(file: FileIO, memory: memoryview, start: int) -> None:
+    done = 0
+    while done < len(memory):  # a signal, or a network file system, may cut a read short
+        count = os.preadv(file.fileno(), [memory[done:]], start + done)
+        if not count:
+            raise ValueError(f"its end, {len(memory) - done} bytes early")
+        done += count
 
 
 def fsync_directory(path: Path) -> None:

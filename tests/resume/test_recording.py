@@ -192,6 +192,7 @@ def test_a_killed_run_records_selects_and_ends_as_one_that_was_not(
     trace = json.loads((run_dir / "profile" / "steps-2-3-rank-1.json").read_text())
     steps = [event for event in trace["traceEvents"] if event.get("name") == "Optimizer.step#AdamW.step"]
     assert len(steps) == 2
+    assert any(event.get("name") == "ddpkit: fetch" for event in trace["traceEvents"])
     assert "SyncBatchNorm" in (run_dir / "model.txt").read_text()
     assert "0.weight (16, 6)" in (run_dir / "model.dot").read_text()
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from ddpkit.checkpoint import contents, listing, manifest
+from ddpkit.checkpoint import contents, listing, manifest, writer
 from ddpkit.checkpoint.manifest import FileProof, Manifest
 from ddpkit.checkpoint.staging import Staging
 from ddpkit.checkpoint.store import CheckpointStore, Loaded, SaveResult, Snapshot, load_model_tensors
@@ -198,6 +200,46 @@ def test_tensors_are_read_into_those_that_they_fit(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
     assert {name for name, tensor in found.items() if tensor is into.get(name)} == {"same", "parameter", "scalar"}
     assert not any(into[name].any() for name in ("shape", "dtype", "strided", "more"))
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_several_threads_read_what_one_does(tmp_path: Path, three_threads: None) -> None:
+    path = tmp_path / "x.safetensors"
+    sizes = {"large": 21 << 20, "small": 5, "none": 0, "a piece": 8 << 20, "odd": (8 << 20) + 1}
+    stored = {name: torch.randint(0, 256, (size,), dtype=torch.uint8) for name, size in sizes.items()}
+    write_tensors(path, stored)
+    into = {"large": torch.zeros(21 << 20, dtype=torch.uint8)}
+    found = read_tensors(path, into=into)
+    assert found["large"] is into["large"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+
+
+def test_where_one_thread_cannot_read_the_others_stop(
+    tmp_path: Path, three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"x": torch.zeros(50 << 16, dtype=torch.uint8)})
+    monkeypatch.setattr(writer, "_PIECE", 1 << 16)
+    reads = itertools.count()
+    read = os.preadv
+
+    def breaks(descriptor: int, buffers: Any, offset: int) -> int:
+        if next(reads) == 4:
+            raise OSError(errno.EIO, "Input/output error")
+        time.sleep(0.01)
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", breaks)
+    with pytest.raises(BrokenCheckpoint, match="Input/output error"):
+        read_tensors(path)
+    assert next(reads) < 20  # of 50 pieces
 
 
 HEADERS = {
