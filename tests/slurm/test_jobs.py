@@ -129,7 +129,8 @@ def test_the_time_limit(cluster: Cluster, reference: Path) -> None:
     assert "mishaps.py" in failure["traceback"] and failure["traceback"].count("in step") == 1
     assert {other["rank"] for other in failure["others"]} == {0, 1, 2}
 
-    assert (ended[idle].state, ended[idle].restarts) == ("FAILED", 1), idle.log()
+    # Its ranks are ended at about the time limit: whether Slurm says so is a matter of a second.
+    assert ended[idle].state in ("FAILED", "TIMEOUT") and ended[idle].restarts == 1, idle.log()
     outcome = idle.outcome()
     assert outcome["exit_code"] == 1
     assert "does not come back (time limit)" in outcome["report"] and "launch.max_idle_requeues" in outcome["report"]
