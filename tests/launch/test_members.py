@@ -170,9 +170,10 @@ def _leader(gpus: int | None = None, count: int = 2) -> Iterator[LeadingNode]:
             yield node
 
 
-def _ends(node: LeadingNode) -> Outcome:
-    """With nothing to do for its own rank."""
-    job = Job("call", call=cloudpickle.dumps((lambda: None, (), {})), options={"attempt": 0})
+def _ends(node: LeadingNode, begun: Path | None = None) -> Outcome:
+    """With nothing to do for its own rank, but to leave a file that it was there."""
+    work: Any = (lambda: None, (), {}) if begun is None else (Path.touch, (begun,), {})
+    job = Job("call", call=cloudpickle.dumps(work), options={"attempt": 0})
     return node.run(job, 0, Output(None, tee_all=False))
 
 
@@ -195,17 +196,22 @@ class Follower:
     def _send(self, *messages: dict[str, Any]) -> None:
         self._connection.sendall(b"".join(json.dumps(message).encode() + b"\n" for message in messages))
 
-    def fails(self, when: float, took_s: float, is_consequence: bool = False) -> None:
+    def fails(self, begun: Path, when: float, took_s: float, is_consequence: bool = False) -> None:
         """Once it is started: tell of a failure in a message that has been under way for so long, and of the end."""
-        assert b'"start"' in self._connection.recv(4096)
+        self._await_start(begun)
         words = f"of {self._rank}"
         failure = Failure(self._rank, "other", when + self._ahead_s, 1, message=words, is_consequence=is_consequence)
         self.send(now=time.monotonic() + self._ahead_s - took_s, failures=[failure.to_json()])
         self.send(now=time.monotonic() + self._ahead_s, left=[], stopped=False, results=[""])
 
-    def leaves(self, when: float) -> None:
-        """Once it is started: tell of the end of a rank that has no complaint."""
+    def _await_start(self, begun: Path) -> None:
+        """Wait for it here and, for its rank, at the leader, which would otherwise end that one with the failed."""
         assert b'"start"' in self._connection.recv(4096)
+        wait_for(begun.exists, "the work of the leader's rank")
+
+    def leaves(self, begun: Path, when: float) -> None:
+        """Once it is started: tell of the end of a rank that has no complaint."""
+        self._await_start(begun)
         left = Failure(self._rank, "other", when + self._ahead_s, 0, message=f"{self._rank} left")
         self.send(now=time.monotonic() + self._ahead_s, left=[left.to_json()], stopped=False, results=[""])
 
@@ -235,37 +241,39 @@ def test_a_task_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     del follower
 
 
-def test_failures_are_put_in_order_by_clocks_that_know_nothing_of_each_other() -> None:
+def test_failures_are_put_in_order_by_clocks_that_know_nothing_of_each_other(tmp_path: Path) -> None:
     with _leader(count=3) as node:
         followers = Follower(1, ahead_s=5000.0), Follower(2, ahead_s=-3000.0)
         began = time.monotonic()
         threads = [
-            threading.Thread(target=follower.fails, args=(when, took_s))
+            threading.Thread(target=follower.fails, args=(tmp_path / "begun", when, took_s))
             for follower, when, took_s in zip(followers, (began - 50.0, began - 60.0), (0.0, 300.0), strict=True)
         ]
         for thread in threads:
             thread.start()
-        outcome = _ends(node)
+        outcome = _ends(node, tmp_path / "begun")
         for thread in threads:
             thread.join()
-    # The leader's own rank is ended, and listed too, if its start takes longer than the failures of the others.
-    assert [failure.rank for failure in outcome.failures if failure.rank] == [2, 1]
+    assert [failure.rank for failure in outcome.failures] == [2, 1]
     assert outcome.failures[0].when == pytest.approx(began - 60.0, abs=9.0)
 
 
 @pytest.mark.parametrize("left_before_s", [20.0, 5.0])
-def test_a_rank_elsewhere_that_left_is_the_cause_if_others_fail_by_that_afterwards(left_before_s: float) -> None:
+def test_a_rank_elsewhere_that_left_is_the_cause_if_others_fail_by_that_afterwards(
+    tmp_path: Path, left_before_s: float
+) -> None:
+    begun = tmp_path / "begun"
     with _leader(count=3) as node:
         one, other = Follower(1, ahead_s=5000.0), Follower(2, ahead_s=-3000.0)
         began = time.monotonic()
         threads = [
-            threading.Thread(target=one.fails, args=(began - 10.0, 0.0, True)),
-            threading.Thread(target=other.leaves, args=(began - left_before_s,)),
+            threading.Thread(target=one.fails, args=(begun, began - 10.0, 0.0, True)),
+            threading.Thread(target=other.leaves, args=(begun, began - left_before_s)),
         ]
         for thread in threads:
             thread.start()
-        outcome = _ends(node)
+        outcome = _ends(node, begun)
         for thread in threads:
             thread.join()
     left_first = left_before_s > 10.0
-    assert [failure.rank for failure in outcome.failures if failure.rank] == ([2, 1] if left_first else [1])
+    assert [failure.rank for failure in outcome.failures] == ([2, 1] if left_first else [1])
