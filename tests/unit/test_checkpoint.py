@@ -23,6 +23,7 @@ import pytest
 import torch
 import xxhash
 from safetensors import safe_open
+from torch import Tensor
 
 from ddpkit.checkpoint import contents, listing, manifest, writer
 from ddpkit.checkpoint.manifest import FileProof, Manifest
@@ -298,6 +299,31 @@ def test_a_copy_is_of_its_moment_and_is_written_as_the_original_is(tmp_path: Pat
         assert len(places) == 1 and taken in (None, places)
         taken = places
     assert 6000 < staging.bytes < 8000
+
+
+def test_places_of_a_copy_are_kept_until_the_state_looks_otherwise() -> None:
+    staging = Staging(torch.device("cpu"))
+
+    def copied(**state: Tensor) -> dict[str, Tensor]:
+        copy = staging.copy(contents.take(Snapshot({}, state, None, None), 0, 1))()
+        return copy.files["replicated-00000.safetensors"]
+
+    weight = torch.randn(4, 6)
+    first, second = copied(w=weight), copied(w=weight + 1)
+    assert first["w"] is second["w"] and torch.equal(second["w"], weight + 1)
+    others: list[dict[str, Tensor]] = [
+        {"w": weight.int()},  # of the same size
+        {"w": weight.T},
+        {"v": weight},
+        {"w": weight, "v": weight + 1},
+        {"v": weight + 2, "w": weight},
+        {"w": torch.randn(9, 9)},
+    ]
+    for state in others:
+        found = copied(**state)
+        assert found.keys() == state.keys()
+        for name, tensor in state.items():
+            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), (state, name)
 
 
 # The manifest
