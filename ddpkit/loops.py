@@ -66,8 +66,9 @@ class Loops:
         self._uncounted = 0
         if self._leader is None or not (self._in_epoch or self._leader.is_open):
             self._choose_leader()
-        self._is_due = not self.is_alone
-        return self.is_alone
+        is_boundary = self.is_alone
+        self._is_due = not is_boundary
+        return is_boundary
 
     @property
     def is_alone(self) -> bool:

@@ -43,7 +43,7 @@ class _Sum:
     weight: float
     asks: bool
     of_itself: Sequence[float]
-    flat: torch.Tensor
+    flat: torch.Tensor | list[float]
     work: Any
 
 
@@ -101,9 +101,10 @@ class RankMeans:
         flat = [float(differs), float(asks), *slots]
         for name in self._names:
             flat += (weight * own[name], weight) if name in own else (0.0, 0.0)
+        if self._ranks.world_size == 1:
+            return _Sum(own, weight, asks, of_itself, flat, None)  # a tensor would have a GPU waited for
         summed = torch.tensor(flat, dtype=torch.float64, device=self._device)
-        work = dist.all_reduce(summed, async_op=True) if self._ranks.world_size > 1 else None
-        return _Sum(own, weight, asks, of_itself, summed, work)
+        return _Sum(own, weight, asks, of_itself, summed, dist.all_reduce(summed, async_op=True))
 
     def _summed(self) -> tuple[bool, bool, list[list[float]], dict[str, tuple[float, float]]]:
         """Whether the names differ from those agreed on, whether anybody asks, the ranks' own, each name's sum."""
@@ -111,7 +112,7 @@ class RankMeans:
         assert done is not None
         if done.work is not None:
             done.work.wait()
-        flat = done.flat.tolist()
+        flat = done.flat.tolist() if isinstance(done.flat, torch.Tensor) else done.flat
         width = len(done.of_itself)
         end = 2 + self._ranks.world_size * width
         by_rank = [flat[place : place + width] for place in range(2, end, width)] if width else []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -295,6 +296,8 @@ def test_a_whole_pickled_model_is_refused_with_a_way_that_works(
 ) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "mine", ModuleType("mine"))  # so that whatever is there is gone afterwards
+    del sys.modules["mine"]
     theirs = importlib.import_module("mine").Net(3, 2)
     content, key = {
         "alone": (theirs, None),
