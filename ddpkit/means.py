@@ -43,7 +43,7 @@ class _Sum:
     weight: float
     asks: bool
     of_itself: Sequence[float]
-    flat: torch.Tensor | list[float]
+    flat: torch.Tensor
     work: Any
 
 
@@ -63,6 +63,7 @@ class RankMeans:
         self._device = device
         self._names: list[str] = []
         self._sum: _Sum | None = None
+        self._alone: Means | None = None
 
     def begin(self, values: Mapping[str, float], weight: float, asks: bool, of_itself: Sequence[float] = ()) -> None:
         """Set out for the means, and whether any rank ``asks`` (for a save, say). Collective; waits for nobody.
@@ -74,10 +75,17 @@ class RankMeans:
             of_itself: numbers of this rank of which no mean is formed; as many on every rank.
         """
         own = values if weight else {}  # the values of a rank that has nothing to report are NaN
-        self._sum = self._summing(own, weight, asks, of_itself)
+        if self._ranks.world_size == 1:  # by the same arithmetic; a tensor would have a GPU waited for
+            means = {name: weight * value / weight for name, value in own.items()}
+            self._alone = Means(means, asks, [list(of_itself)] if of_itself else [])
+        else:
+            self._sum = self._summing(own, weight, asks, of_itself)
 
     def end(self) -> Means:
         """What came of it, the same on all ranks. Collective."""
+        if self._alone is not None:
+            alone, self._alone = self._alone, None
+            return alone
         assert self._sum is not None  # begun
         own, weight, asks, of_itself = self._sum.own, self._sum.weight, self._sum.asks, self._sum.of_itself
         differs, asked, by_rank, sums = self._summed()
@@ -91,7 +99,7 @@ class RankMeans:
 
     def close(self) -> None:
         """Forget what is under way: it holds the process group."""
-        self._sum = None
+        self._sum = self._alone = None
 
     def _summing(self, own: Mapping[str, float], weight: float, asks: bool, of_itself: Sequence[float]) -> _Sum:
         differs = bool(own) and own.keys() != set(self._names)
@@ -101,8 +109,6 @@ class RankMeans:
         flat = [float(differs), float(asks), *slots]
         for name in self._names:
             flat += (weight * own[name], weight) if name in own else (0.0, 0.0)
-        if self._ranks.world_size == 1:
-            return _Sum(own, weight, asks, of_itself, flat, None)  # a tensor would have a GPU waited for
         summed = torch.tensor(flat, dtype=torch.float64, device=self._device)
         return _Sum(own, weight, asks, of_itself, summed, dist.all_reduce(summed, async_op=True))
 
@@ -110,9 +116,8 @@ class RankMeans:
         """Whether the names differ from those agreed on, whether anybody asks, the ranks' own, each name's sum."""
         done, self._sum = self._sum, None
         assert done is not None
-        if done.work is not None:
-            done.work.wait()
-        flat = done.flat.tolist() if isinstance(done.flat, torch.Tensor) else done.flat
+        done.work.wait()
+        flat = done.flat.tolist()
         width = len(done.of_itself)
         end = 2 + self._ranks.world_size * width
         by_rank = [flat[place : place + width] for place in range(2, end, width)] if width else []

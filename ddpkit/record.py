@@ -45,15 +45,13 @@ class JsonLines:
 
     def _append(self, line: bytes) -> None:
         self._waiting.append(line)
-        end = self._file.seek(0, os.SEEK_END)
         try:
             while self._waiting:
                 written = self._file.write(self._waiting[0])
                 if written != len(self._waiting[0]):
-                    self._file.truncate(end)  # no half line in the middle of the file
+                    self._file.truncate(self._file.seek(0, os.SEEK_END) - written)  # no half line in the middle of it
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 self._waiting.popleft()
-                end += written
         except OSError as error:
             if not self._complained:
                 self._complained = True
