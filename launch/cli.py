@@ -46,7 +46,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     gc.disable()
     from ddpkit.world import adopted
 
-    # Nor are there plugins for pydantic to look for: it would read the metadata of all packages that are installed (5 %).
+    # Nor are plugins of pydantic looked for, in the metadata of all packages that are installed (5 %).
     with adopted({"PYDANTIC_DISABLE_PLUGINS": "__all__"}):
         from . import commands  # with pydantic: help and misspelt options take a fifth of the time without
 
