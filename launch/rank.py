@@ -90,7 +90,7 @@ def run(job: Job, order: RankOrder) -> int:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     _report(order, {"reached": DONE})
-    _leave(job, order)
+    _leave(job, order, EXIT_DONE)
     return EXIT_DONE
 
 
@@ -189,15 +189,16 @@ def _show_log() -> None:
     logger.propagate = False
 
 
-def _leave(job: Job, order: RankOrder) -> None:
-    _report(order, {"leaves": time.monotonic()})
+def _leave(job: Job, order: RankOrder, code: int) -> None:
+    """Say that this rank leaves of its own accord: taking the interpreter apart takes longer than others wait."""
+    _report(order, {"leaves": time.monotonic(), "code": code})
     if job.kind not in ("run", "eval"):  # which have closed their groups
         let_go()
 
 
 def _exit_code(leaving: SystemExit, job: Job, order: RankOrder) -> int:
     if leaving.code in (None, EXIT_DONE, EXIT_STOPPED):
-        _leave(job, order)
+        _leave(job, order, leaving.code or EXIT_DONE)
     if leaving.code is None:
         return EXIT_DONE
     if isinstance(leaving.code, int):

@@ -74,6 +74,7 @@ class Rank:
         when: that was, on this machine's monotonic clock.
         reached: the milestones of its job that it has told of.
         left_at: when it began to leave, if it has told of that; its end, by which others notice, takes longer.
+        leaves_with: the exit status with which it does.
         failure: what it has said of its own, or somebody had to say for it.
         memory: what it held before its end.
         result: of a "call".
@@ -88,6 +89,7 @@ class Rank:
     when: float = 0.0
     reached: set[str] = field(default_factory=set)
     left_at: float | None = None
+    leaves_with: int | None = None
     failure: Failure | None = None
     memory: Memory | None = None
     result: str = ""
@@ -105,7 +107,7 @@ class Rank:
     def begin(self) -> None:
         """Forget the attempt before."""
         self.ended, self.reached, self.failure, self.result, self._report = None, set(), None, "", Lines()
-        self.left_at, self.stacks, self.was_ended = None, b"", False
+        self.left_at, self.leaves_with, self.stacks, self.was_ended = None, None, b"", False
         self.when, self.memory = 0.0, None
 
     def hear(self, data: bytes) -> bool:
@@ -117,7 +119,7 @@ class Rank:
             elif "reached" in message:
                 self.reached.add(message["reached"])
             elif "leaves" in message:
-                self.left_at = message["leaves"]
+                self.left_at, self.leaves_with = message["leaves"], message["code"]
             else:
                 self.result = message["result"]
         return failed
@@ -125,6 +127,8 @@ class Rank:
     def end(self, message: dict[str, Any], is_run: bool) -> None:
         """Take how it has ended. A rank of a run may not leave before its work is done, or all have agreed to stop."""
         status: int = message["status"]
+        if self.was_ended and self.leaves_with is not None:
+            status = self.leaves_with  # it had left; what was cut off is the end of its interpreter
         self.ended, self.when = status, message["when"]
         self.memory = Memory(**message["memory"]) if message["memory"] else None
         if is_run and self.has_left and DONE not in self.reached:

@@ -299,7 +299,9 @@ class Node:
             return failure
         if failure.kind == WORKER_DIED or not (failure.kind or failure.traceback):  # no words of the user's but these
             failure = replace(failure, last_lines=self._output.unseen(rank.rank))
-        return failure if rank.was_ended else judge(failure, rank.memory)
+        # A rank that has told of its worker's death, and was ended on its way out, is no less to be explained.
+        is_its_own_end = not rank.was_ended or failure.kind == WORKER_DIED
+        return judge(failure, rank.memory) if is_its_own_end else failure
 
     def _rank_env(self, index: int, port: int, restart_count: int) -> dict[str, str]:
         place = self._place

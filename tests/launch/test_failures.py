@@ -99,6 +99,13 @@ import os, sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 dist.barrier()
+
+def end_slowly():  # as an interpreter on a busy machine: its connections are gone long before it is
+    for name in os.listdir("/proc/self/fd"):
+        if "socket:" in os.path.realpath(f"/proc/self/fd/{name}"):
+            os.close(int(name))
+    time.sleep(60)
+
 if rank == int(sys.argv[1]):
     exec(sys.argv[2])
 dist.all_reduce(torch.ones(1))  # the others wait here for the one that fails
@@ -114,8 +121,12 @@ dist.all_reduce(torch.ones(1))  # the others wait here for the one that fails
         ("os._exit(0)", "left with exit code 0 while others were still at work"),
         pytest.param("sys.exit(0)", "left with exit code 0 while others were still at work", marks=pytest.mark.slow),
         pytest.param("sys.exit(75)", "left with exit code 75 while others were still at work", marks=pytest.mark.slow),
+        (
+            "import atexit; atexit.register(end_slowly); sys.exit(75)",
+            "left with exit code 75 while others were still at work",
+        ),
     ],
-    ids=["exception", "kill", "exit", "left", "left-late", "left-75"],
+    ids=["exception", "kill", "exit", "left", "left-late", "left-75", "left-slowly"],
 )
 def test_the_cause_and_not_its_consequence_in_a_collective(shell: Shell, code: str, words: str) -> None:
     shell.script("blocked.py", BLOCKED)

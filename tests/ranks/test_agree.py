@@ -121,7 +121,7 @@ def in_a_section(action: str, scope: str, work_s: float) -> tuple[float, str]:
 @pytest.mark.parametrize("scope", ["global", "node"])
 def test_no_training_timeout_ends_a_section_that_rank_zero_works_in(scope: str) -> None:
     for waited, _ in run_ranks(in_a_section, 3, "sleep", scope, 5.0):
-        assert waited >= 5.0
+        assert waited > 4.0  # of the 5 s; a rank may have come to the section a moment after rank zero
 
 
 def words_in_a_long_section() -> list[str]:

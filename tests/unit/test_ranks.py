@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from launch.job import BEGUN, DONE, STOPPED, RankOrder
+from launch.job import BEGUN, DONE, STOPPED, Failure, Memory, RankOrder
+from launch.memory import PERHAPS_THE_KERNEL, WORKER_DIED
 from launch.patience import Patience, unfinished
 from launch.ranks import Rank
 from launch.requests import Requests
+from launch.supervise import Node
 
 
 def _rank(*reached: str) -> Rank:
@@ -52,9 +54,34 @@ def test_a_rank_of_a_script_may_leave(status: int) -> None:
     left = rank.failure_of_leaving()
     assert left.message == f"left with exit code {status} while others were still at work"
     assert left.when < 7.0  # its end is seen after that of those who lose their connection by it
-    rank.hear(b'{"leaves": 5.0}\n')
+    rank.hear(b'{"leaves": 5.0, "code": %d}\n' % status)
     assert rank.failure_of_leaving().when == 5.0
     assert not _rank().has_left
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_rank_that_was_ended_while_its_interpreter_came_to_its_end_has_left(status: int) -> None:
+    rank = _rank()
+    rank.hear(b'{"leaves": 5.0, "code": %d}\n' % status)
+    rank.was_ended = True
+    rank.end({"status": -signal.SIGKILL, "when": 7.0, "memory": None}, is_run=False)
+    assert rank.has_left and not rank.has_failed
+    left = rank.failure_of_leaving()
+    assert (left.message, left.when) == (f"left with exit code {status} while others were still at work", 5.0)
+    rank.begin()
+    rank.end({"status": -signal.SIGKILL, "when": 9.0, "memory": None}, is_run=False)
+    assert rank.has_failed  # the next attempt's has said nothing
+
+
+def test_a_worker_s_death_is_explained_also_where_its_rank_was_ended_on_its_way_out() -> None:
+    told = "the loader worker with pid 7 was ended by SIGKILL (killed from outside: by a person or another process"
+    rank = _rank()
+    rank.failure = Failure(1, "here", 6.0, 1, kind=WORKER_DIED, message=f"{told}{PERHAPS_THE_KERNEL})")
+    rank.was_ended = True
+    memory = Memory(5 << 20, 1, 9 << 20, 14 << 20, 20 << 20, "this machine's memory", 0.4, ran_out=True)
+    rank.end({"status": -signal.SIGKILL, "when": 7.0, "memory": vars(memory)}, is_run=False)
+    message = Node(2, "warm", {})._failure_of(rank).message
+    assert "was ended by SIGKILL: the kernel ended it because memory ran out. 0.4 s before" in message
 
 
 STACKS = """\
