@@ -277,7 +277,5 @@ def test_without_a_launcher_it_is_an_ordinary_process(tmp_path: Path) -> None:
         for thread in threading.enumerate():  # which write, or look after what does; they end with the block
             assert thread.ident in before[0] or (thread.daemon and thread.name.startswith("ddpkit-"))
         assert [each for each in process.net_connections() if each.status == psutil.CONN_LISTEN] == []
-        assert len(process.children()) <= before[2]
-    # What other tests have left may go meanwhile; of this one nothing stays.
-    assert {thread.ident for thread in threading.enumerate()} <= before[0]
-    assert (process.num_fds() <= before[1], len(process.children()) <= before[2]) == (True, True)
+        assert len(process.children()) == before[2]
+    assert ({thread.ident for thread in threading.enumerate()}, process.num_fds(), len(process.children())) == before
